@@ -1,0 +1,44 @@
+# Every target sets up .venv first, and again only when the pins change. PYTHON chooses the interpreter (3.11 or newer).
+# If that interpreter already has torch 2.11 or newer it is used as it is; otherwise TORCH is installed by pip.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+QUICKSTART ?= quickstart
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint test-gpu clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+install: $(READY)  ## Set up .venv with everything at the pinned versions
+
+$(READY): pyproject.toml constraints.txt Makefile
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"{sys.executable} is Python {v.major}.{v.minor}; 3.11 or newer is needed: make PYTHON=python3.11 ...")'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo 'Python lacks the venv module: apt-get install python3-venv' >&2; exit 5; }
+	@site=; if $(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 11)' 2>/dev/null; then site=--system-site-packages; fi; \
+	  $(PYTHON) -m venv --clear $$site $(VENV); \
+	  if [ -z "$$site" ]; then $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,huggingface,parquet]'
+	@touch $(READY)
+
+quickstart: $(READY)  ## Real text to a trained encoder that fills masks; results in ./quickstart
+	@$(BIN)/python -m hydra_scale.quickstart --folder $(QUICKSTART)
+
+test: $(READY)  ## The whole test suite for the CPU
+	@$(BIN)/python -m pytest -m 'not gpu'
+
+lint: $(READY)  ## Style, types and import directions
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-cache
+
+test-gpu: $(READY)  ## The tests that need a CUDA device
+	@$(BIN)/python -m pytest -m gpu
+
+clean:  ## Remove .venv and caches; data and runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

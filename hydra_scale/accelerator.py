@@ -1,0 +1,84 @@
+"""Everything that differs between a CPU with gloo and a GPU with NCCL, in this one file.
+
+Nothing else in the project asks whether CUDA is there.
+"""
+
+import logging
+import os
+import resource
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hydra_scale.errors import EnvironmentFault
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """The device of this process and the collectives that go with it."""
+
+    device: torch.device
+    collectives: str
+    """Backend of torch.distributed: "nccl" or "gloo"."""
+    name: str
+    """Device name for people."""
+
+    def autocast(self, precision: str) -> AbstractContextManager[Any]:
+        """Autocast to bfloat16 for precision "bf16"; does nothing for "fp32"."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def synchronise(self) -> None:
+        """Wait until the device has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> int:
+        """Most bytes in use so far: of the device's allocator on a GPU, of the process on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def choose_accelerator(local_rank: int) -> Accelerator:
+    """The GPU numbered `local_rank` where there are GPUs, else the CPU; makes it the current device.
+
+    Raises:
+        EnvironmentFault: there are GPUs, but fewer than processes on this host.
+    """
+    if not torch.cuda.is_available():
+        _stand_in_for_cuda()
+        return Accelerator(torch.device("cpu"), "gloo", f"CPU ({torch.get_num_threads()} threads)")
+    if local_rank >= torch.cuda.device_count():
+        raise EnvironmentFault(
+            f"local rank {local_rank}: this host has {torch.cuda.device_count()} GPUs; start one process a GPU"
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return Accelerator(device, "nccl", torch.cuda.get_device_name(device))
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, told what device it runs on, without its compiled extensions and without its chatter."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import deepspeed
+        from deepspeed.ops import __compatible_ops__
+    # Otherwise the first collective on a CPU would compile a C++ extension, which needs a compiler and minutes.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    return deepspeed
+
+
+def _stand_in_for_cuda() -> None:
+    """Point the calls that megatron-core makes to torch.cuda at the CPU, where there is no CUDA to ask.
+
+    megatron-core 0.16 allocates the buffers of its collectives on `torch.cuda.current_device()`.
+    """
+    torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.cuda.synchronize = lambda *_args, **_kwargs: None

@@ -1,0 +1,136 @@
+"""Reading a configuration file with overrides, and writing the resolved one.
+
+YAML is read with the safe loader: no tag builds an object. Errors name file, line and key.
+"""
+
+import difflib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hydra_scale.config import Config
+from hydra_scale.errors import ConfigError
+
+KeyPath = tuple[str, ...]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """The configuration in `path` with each `a.b=value` of `overrides` laid over it.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, a key is unknown or given twice, or a value does not fit.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a configuration: {error}; give --config a YAML file") from None
+    values, places = _parse(path, text)
+    for override in overrides:
+        keys, value = _parse_override(override)
+        _assign(values, keys, value, override)
+        places[keys] = f"override {override!r}"
+    return _validate(values, places, str(path))
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML that `load_config` reads back to the same object."""
+    return yaml.safe_dump(_plain(config.model_dump()), sort_keys=False)
+
+
+def flatten(values: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[str, Any]]:
+    """Dotted key and value of every leaf of a nested mapping."""
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, (*prefix, key))
+        else:
+            yield ".".join((*prefix, key)), value
+
+
+def _parse(path: Path, text: str) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """Nested values, and where each key stands; refuses a key that is given twice."""
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        places: dict[KeyPath, str] = {}
+        if root is not None:
+            _walk(path, root, (), places)
+        values = loader.construct_document(root) if root is not None else {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: found a {type(values).__name__} at the top, expected `section:` mappings")
+    return values, places
+
+
+def _walk(path: Path, node: yaml.Node, prefix: KeyPath, places: dict[KeyPath, str]) -> None:
+    if not isinstance(node, yaml.MappingNode):
+        return
+    for key_node, value_node in node.value:
+        keys = (*prefix, str(key_node.value))
+        place = f"{path}:{key_node.start_mark.line + 1}"
+        if keys in places:
+            raise ConfigError(f"{place}: {'.'.join(keys)} is given twice, first at {places[keys]}; keep one")
+        places[keys] = place
+        _walk(path, value_node, keys, places)
+
+
+def _parse_override(override: str) -> tuple[KeyPath, Any]:
+    name, equals, value = override.partition("=")
+    if not equals or not name:
+        raise ConfigError(f"override {override!r}: expected the form section.key=value")
+    try:
+        return tuple(name.strip().split(".")), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+
+
+def _assign(values: dict[str, Any], keys: KeyPath, value: Any, override: str) -> None:
+    for key in keys[:-1]:
+        values = values.setdefault(key, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"override {override!r}: {key} is a value, not a section")
+    values[keys[-1]] = value
+
+
+def _validate(values: dict[str, Any], places: dict[KeyPath, str], source: str) -> Config:
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        keys = tuple(str(part) for part in first["loc"])
+        place = next((places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in places), source)
+        raise ConfigError(f"{place}: {_explain(keys, first)}") from None
+
+
+def _explain(keys: KeyPath, error: Any) -> str:
+    name = ".".join(keys)
+    if error["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(name, [".".join(known) for known in _known_keys(Config)], n=1, cutoff=0.0)
+        return f"unknown key {name}; did you mean {near[0]}?"
+    if error["type"] == "missing":
+        return f"{name} is missing; set it in the file or as {name}=value"
+    if error["type"] == "value_error":
+        return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
+    return f"{name}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+
+
+def _known_keys(section: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:
+    for name, field in section.model_fields.items():
+        kinds = [field.annotation, *get_args(field.annotation)]
+        nested = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if nested is not None:
+            yield from _known_keys(nested, (*prefix, name))
+        yield (*prefix, name)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

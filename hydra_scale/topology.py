@@ -1,0 +1,137 @@
+"""Which process does what: the one object that knows ranks, degrees and groups.
+
+Groups are made by megatron-core's parallel_state, which its layers consult; the rest of the project asks `Topology`.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from hydra_scale.accelerator import Accelerator, choose_accelerator
+from hydra_scale.config import Config, ParallelConfig
+from hydra_scale.errors import ConfigError, DistributedFault, EnvironmentFault
+
+
+@dataclass(frozen=True)
+class ProcessEnvironment:
+    """What the launcher says of this process: torchrun's variables, or their absence for a single process."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+    @classmethod
+    def read(cls) -> "ProcessEnvironment":
+        """From RANK, LOCAL_RANK and WORLD_SIZE, which torchrun sets.
+
+        Raises:
+            DistributedFault: started several times by srun without a rendezvous, or the variables make no sense.
+        """
+        if "RANK" not in os.environ:
+            if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+                raise DistributedFault(
+                    f"SLURM_NTASKS is {os.environ['SLURM_NTASKS']} but RANK is not set: each task would train alone;"
+                    " start one torchrun a node inside srun"
+                )
+            return cls(0, 0, 1)
+        try:
+            env = cls(*(int(os.environ[key]) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE")))
+        except (KeyError, ValueError) as error:
+            raise DistributedFault(f"RANK, LOCAL_RANK and WORLD_SIZE must be set together, as torchrun does: {error}")  # noqa: B904
+        if not 0 <= env.rank < env.world_size:
+            raise DistributedFault(f"RANK is {env.rank}, WORLD_SIZE is {env.world_size}: the rank must be below it")
+        return env
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Ranks and degrees of this process, and the groups it communicates in."""
+
+    rank: int
+    world_size: int
+    accelerator: Accelerator
+    data_rank: int
+    data_size: int
+    data_group: dist.ProcessGroup
+    """Data parallel ranks (with the context parallel ones, once there are any): gradients are averaged here."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process shows progress and writes the logs."""
+        return self.rank == 0
+
+
+def check_layout(config: Config, world_size: int) -> None:
+    """Refuse, before anything is allocated, a layout that cannot run.
+
+    Raises:
+        ConfigError: a degree that this release does not have, or a batch that does not divide.
+    """
+    _refuse_degrees(config.parallel)
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
+    if batch % (micro * world_size):
+        lower, upper = batch // (micro * world_size), batch // (micro * world_size) + 1
+        nearest = " or ".join(str(n * micro * world_size) for n in (lower, upper) if n)
+        raise ConfigError(
+            f"training.global_batch_size is {batch}: not divisible by micro_batch_size {micro}"
+            f" x {world_size} data parallel ranks = {micro * world_size}; nearest: {nearest}"
+        )
+
+
+def _refuse_degrees(parallel: ParallelConfig) -> None:
+    for name in ("tensor", "context", "pipeline"):
+        if (degree := getattr(parallel, name)) != 1:
+            raise ConfigError(
+                f"parallel.{name} is {degree}: this release computes with degree 1 only; set parallel.{name}=1"
+            )
+    if parallel.sequence:
+        raise ConfigError("parallel.sequence is true: it needs parallel.tensor above 1, which this release lacks")
+
+
+@contextmanager
+def joined(parallel: ParallelConfig, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Topology]:
+    """Join the other processes and lay out the groups, for the time of the context.
+
+    A single process uses an in-memory store: nothing listens on any port.
+
+    Raises:
+        ConfigError, DistributedFault, EnvironmentFault: the degrees, launcher variables or devices do not fit.
+    """
+    _refuse_degrees(parallel)
+    env = ProcessEnvironment.read()
+    try:
+        yield _join(env, parallel, timeout)
+    finally:
+        if dist.is_initialized():
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+
+
+def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta) -> Topology:
+    accelerator = choose_accelerator(env.local_rank)
+    os.environ.setdefault("LOCAL_RANK", str(env.local_rank))  # DeepSpeed insists on it, a single process included
+    store = dist.HashStore() if env.world_size == 1 else None
+    try:
+        dist.init_process_group(
+            accelerator.collectives, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        raise EnvironmentFault(f"rank {env.rank} of {env.world_size}: cannot join the others: {error}") from None
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        context_parallel_size=parallel.context,
+    )
+    return Topology(
+        rank=env.rank,
+        world_size=env.world_size,
+        accelerator=accelerator,
+        data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
+        data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
+        data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )

@@ -1,0 +1,84 @@
+"""Configuration files: precedence, round trip, and the error of each kind of mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hydra_scale.config import Config
+from hydra_scale.config_file import dump_config, load_config
+from hydra_scale.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configurations_parse_and_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
+def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, "data: {train: x, seqlen: 64}\noptimizer: {lr: 1e-3}\n")
+    config = load_config(path, ["data.seqlen=32", "model.mixer.dt_limit=[0.0, 5.0]", "optimizer.clip_norm=null"])
+    assert (config.data.seqlen, config.optimizer.lr, config.training.seed) == (32, 1e-3, 1)
+    assert config.model.mixer.dt_limit == (0.0, 5.0)
+    assert config.optimizer.clip_norm is None
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("data: {train: x}\ntraining:\n  stepss: 5\n", [], ":3: unknown key training.stepss; did you mean training."),
+        ("data: {train: x}\n", ["model.mixer.dstate=3"], "did you mean model.mixer.d_state?"),
+        ("data: {train: x}\ntraining:\n  steps: many\n", [], ":3: training.steps: found 'many'"),
+        ("data: {train: x}\n", ["optimizer.lr=-1"], "optimizer.lr: found -1; input should be greater than 0"),
+        ("data: {train: x}\n", ["optimizer.lr=.nan"], "optimizer.lr: found nan"),
+        ("data: {train: x}\ndata: {train: y}\n", [], ":2: data is given twice, first at"),
+        ("data: {train: x}\n", ["model.mixer.d_conv=4"], "d_conv is 4; a centred convolution needs an odd number"),
+        ("data: {train: x}\n", ["model.d_model=100"], "mixer.headdim is 64; it must divide expand * d_model = 200"),
+        ("data: {train: x}\n", ["schedule.warmup_steps=5000"], "schedule.warmup_steps is 5000; at most training.steps"),
+        ("data: {train: x}\n", ["checkpoint.keep=1"], "checkpoint.keep: found 1"),
+        ("data: {train: x}\n", ["zero.offload=true"], "unknown key zero.offload"),
+        ("data: {train: x}\n", ["seqlen"], "override 'seqlen': expected the form section.key=value"),
+        ("training: {steps: 3}\n", [], "data is missing"),
+        ("- a\n- b\n", [], "found a list at the top"),
+        ("a: [1, 2\n", [], "not valid YAML"),
+        ("a: !!python/object/apply:os.getcwd []\n", [], "not valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, text), overrides)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
+        load_config(tmp_path / "nowhere.yaml")
+
+
+def test_every_setting_is_documented() -> None:
+    def undocumented(schema: dict, path: str = "") -> list[str]:
+        found = []
+        for name, prop in schema.get("properties", {}).items():
+            reference = prop.get("$ref") or next((a.get("$ref") for a in prop.get("allOf", [])), None)
+            if reference is None and "description" not in prop:
+                found.append(f"{path}.{name}")
+        return found
+
+    schema = Config.model_json_schema()
+    missing = [key for name, section in schema["$defs"].items() for key in undocumented(section, name)]
+    assert not missing
+
+
+def test_yaml_of_a_resolved_configuration_is_plain(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "data: {train: x}\n"))
+    assert yaml.safe_load(dump_config(config))["model"]["mixer"]["dt_limit"] == [0.0, float("inf")]
