@@ -1,0 +1,1 @@
+"""Logical checkpoints: named tensors with global shapes, whatever layout wrote them and whatever layout reads them."""

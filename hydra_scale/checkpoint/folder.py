@@ -1,0 +1,75 @@
+"""The checkpoints of a run on disk: which is the newest whole one, and which may go."""
+
+import logging
+import re
+import shutil
+from pathlib import Path
+
+from hydra_scale.checkpoint.files import remove_folder
+from hydra_scale.checkpoint.manifest import read_manifest, verify_files
+from hydra_scale.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class CheckpointFolder:
+    """`RUN/checkpoints`, holding step-00001000 and the like."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def at(self, step: int) -> Path:
+        """Where the checkpoint of a step stands or will stand."""
+        return self.path / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the published checkpoints, oldest first; by number, never by time."""
+        names = (_NAME.fullmatch(entry.name) for entry in self.path.glob("step-*"))
+        return sorted(int(match[1]) for match in names if match)
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint whose every byte agrees with its manifest; None if the run has no checkpoint yet.
+
+        A damaged one is logged and the one before it is tried.
+
+        Raises:
+            CheckpointError: there are checkpoints and none of them is whole: a run never starts anew in silence.
+        """
+        problems: list[str] = []
+        for step in reversed(self.steps()):
+            folder = self.at(step)
+            try:
+                manifest = read_manifest(folder)
+                manifest.check_whole(folder)
+                verify_files(folder, manifest)
+            except CheckpointError as error:
+                problems.append(str(error))
+                log.warning("damaged checkpoint passed over: %s", error)
+                continue
+            return folder
+        if problems:
+            raise CheckpointError(
+                f"{self.path}: {len(problems)} checkpoints and none is whole, the newest: {problems[0]};"
+                " restore one from a copy, or choose another run folder to start from step 0"
+            )
+        return None
+
+    def set_aside_after(self, step: int) -> None:
+        """Rename the damaged checkpoints after `step`: they neither block nor count, and stay for inspection."""
+        for damaged in (self.at(other) for other in self.steps() if other > step):
+            aside = damaged.with_name(f"damaged-{damaged.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            damaged.rename(aside)
+            log.warning("%s: set aside as %s", damaged, aside.name)
+
+    def clear_unfinished(self) -> None:
+        """Remove what interrupted saves and deletions left behind; never a published checkpoint."""
+        for pattern in (".step-*.writing", ".step-*.old"):
+            for leftover in self.path.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def retain(self, keep: int) -> None:
+        """Delete all but the newest `keep` checkpoints."""
+        for step in self.steps()[:-keep]:
+            remove_folder(self.at(step))

@@ -1,0 +1,103 @@
+"""The manifest of a checkpoint: which rectangles of which global tensors lie in which file, and their hashes."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, sha256_file
+from hydra_scale.checkpoint.geometry import Rectangle, check_cover
+from hydra_scale.errors import CheckpointError
+
+VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Piece(_Record):
+    """A rectangle of a tensor, stored under `key` in `file`."""
+
+    file: str
+    key: str
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+
+    @property
+    def rectangle(self) -> Rectangle:
+        return Rectangle(self.offset, self.size)
+
+
+class TensorEntry(_Record):
+    """A global tensor."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "float64", "int64"]
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+
+class FileEntry(_Record):
+    """A file of the checkpoint folder."""
+
+    bytes: int
+    sha256: str
+
+
+class CheckpointManifest(_Record):
+    """Content of manifest.json."""
+
+    version: int
+    step: int
+    state: dict[str, Any]
+    """The small state that is not tensors: plain JSON."""
+    files: dict[str, FileEntry]
+    tensors: dict[str, TensorEntry]
+
+    def check_whole(self, where: Path) -> None:
+        """Raises CheckpointError if any tensor is not covered exactly once."""
+        for name, tensor in self.tensors.items():
+            if problem := check_cover(tensor.shape, [piece.rectangle for piece in tensor.pieces]):
+                raise CheckpointError(f"{where}: {name}: {problem}; the checkpoint is not complete")
+
+    def to_json(self) -> bytes:
+        return json.dumps(self.model_dump(mode="json")).encode()
+
+
+def read_manifest(folder: Path) -> CheckpointManifest:
+    """The manifest of a checkpoint folder, its own hash checked.
+
+    Raises:
+        CheckpointError: absent, altered, of another version, or not a manifest.
+    """
+    try:
+        content, expected = (folder / MANIFEST).read_bytes(), (folder / MANIFEST_HASH).read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder}: no complete manifest ({error}); this checkpoint cannot be used") from None
+    if (found := hashlib.sha256(content).hexdigest()) != expected:
+        raise CheckpointError(f"{folder / MANIFEST}: sha256 is {found}, expected {expected}; the file was altered")
+    try:
+        values = json.loads(content)
+        if values.get("version") != VERSION:
+            raise CheckpointError(f"{folder / MANIFEST}: version {values.get('version')}, this program reads {VERSION}")
+        return CheckpointManifest.model_validate(values)
+    except (ValidationError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{folder / MANIFEST}: not a checkpoint manifest: {error}") from None
+
+
+def verify_files(folder: Path, manifest: CheckpointManifest) -> None:
+    """Compare size and hash of every file with the manifest.
+
+    Raises:
+        CheckpointError: the first file that is missing, cut or altered.
+    """
+    for name, entry in manifest.files.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{path}: missing; the manifest of {folder.name} lists it")
+        if (size := path.stat().st_size) != entry.bytes:
+            raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
+        if (found := sha256_file(path)) != entry.sha256:
+            raise CheckpointError(f"{path}: sha256 is {found}, the manifest says {entry.sha256}")

@@ -1,0 +1,192 @@
+"""DeepSpeed ZeRO around a model: reduction of gradients, clipping, the AdamW step, and its state by parameter.
+
+Reads some private names of DeepSpeed 0.19.8, which constraints.txt pins: where a rank's slice of a parameter and its
+moments lie. Everything that touches them is in `ZeroOptimizer.local_slices` and `_seed_state`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import nn
+
+from hydra_scale.accelerator import import_deepspeed
+from hydra_scale.config import Config
+from hydra_scale.errors import CheckpointError
+from hydra_scale.topology import Topology
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class LocalSlice:
+    """This rank's part of one parameter: elements [start, start + len) of the flattened tensor, in fp32."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    parameter: torch.Tensor
+    exp_avg: torch.Tensor
+    exp_avg_sq: torch.Tensor
+
+
+class ZeroOptimizer:
+    """A model under ZeRO. Parameters, gradients and moments are fp32; bf16 is a matter of autocast."""
+
+    def __init__(self, model: nn.Module, config: Config, topology: Topology, groups: list[dict[str, Any]]) -> None:
+        """`groups` are AdamW parameter groups with their weight decay; every trainable parameter is in one."""
+        self._parameters = dict(model.named_parameters())
+        optimizer = torch.optim.AdamW(
+            groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps
+        )
+        self._engine, *_ = import_deepspeed().initialize(
+            model=model,
+            optimizer=optimizer,
+            config=_deepspeed_config(config),
+            mpu=_DataParallelUnit(topology),
+        )
+        self._zero = self._engine.optimizer
+        self._is_stage_3 = config.zero.stage == 3
+        self._seed_state(0)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model as called through the engine, which gathers split parameters under ZeRO 3."""
+        return self._engine
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add the gradients of `loss`; the `last` micro batch of a step completes their mean over the data ranks."""
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> float:
+        """Clip, update with learning rate `lr`, forget the gradients; returns the norm before clipping."""
+        for group in self._zero.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def local_slices(self) -> Iterator[LocalSlice]:
+        """The slices of all parameters that this rank owns; views, so writing to them changes the optimizer."""
+        read = self._slice_stage_3 if self._is_stage_3 else self._slice_stage_1_2
+        for name, parameter in self._parameters.items():
+            if (found := read(name, parameter)) is not None:
+                yield found
+
+    def prepare_load(self, step: int) -> None:
+        """Make moments to be filled through `local_slices`; call `finish_load` afterwards."""
+        self._seed_state(step)
+
+    def finish_load(self) -> None:
+        """Carry freshly written fp32 slices into the weights that the model computes with."""
+        if not self._is_stage_3:
+            self._zero.update_lp_params()
+            return
+        for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(group)
+        if persistent := self._zero.persistent_parameters:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def check_slices(self) -> None:
+        """Assert that each fp32 slice equals the weights at the place it claims.
+
+        DeepSpeed's own map of slices has been wrong under some settings (round_robin_gradients); a checkpoint written
+        through a wrong map reloads bit-equal and trains wrong, so this is checked at start and after a load.
+
+        Raises:
+            CheckpointError: a slice lies elsewhere.
+        """
+        for part in self.local_slices():
+            weight = self._parameters[part.name]
+            flat = weight.ds_tensor.data if self._is_stage_3 else weight.data.flatten()[part.start :]
+            if not torch.equal(flat[: part.parameter.numel()].to(part.parameter.dtype), part.parameter):
+                raise CheckpointError(f"{part.name}: the optimizer's slice at {part.start} is not this weight's slice")
+
+    def _flat_groups(self) -> list[torch.Tensor]:
+        if self._is_stage_3:
+            return self._zero.fp32_partitioned_groups_flat
+        return self._zero.single_partition_of_fp32_groups
+
+    def _seed_state(self, step: int) -> None:
+        """Give AdamW's state its place before the first step, as DeepSpeed does only after it."""
+        inner = self._zero.optimizer
+        for flat in self._flat_groups():
+            inner.state[flat] = {
+                "step": torch.tensor(float(step), dtype=torch.float32),
+                **{moment: torch.zeros_like(flat) for moment in MOMENTS},
+            }
+        if not self._is_stage_3:
+            self._zero._hp_optimizer_states_linked = False
+            self._zero._lazy_init_hp_params_optimizer_state()
+
+    def _slice_stage_1_2(self, name: str, parameter: Any) -> LocalSlice | None:
+        place = parameter._hp_mapping
+        if place is None:
+            return None
+        # Not place.optim_fragment: it is linked for the first parameter group only.
+        state = self._zero.optimizer.state[self._flat_groups()[place.param_group_index]]
+        address = place.hp_fragment_address
+        moments = [state[key].view(-1).narrow(0, address.start, address.numel) for key in MOMENTS]
+        start = place.lp_fragment_address.start
+        return LocalSlice(name, tuple(parameter.shape), start, place.hp_fragment.data.view(-1), *moments)
+
+    def _slice_stage_3(self, name: str, parameter: Any) -> LocalSlice | None:
+        share = parameter.ds_tensor.ds_numel
+        start = share * self._zero._get_param_partition_rank(parameter)
+        length = max(0, min(share, parameter.ds_numel - start))  # the last shares may be padding
+        if length == 0:
+            return None
+        parts = [
+            self._zero._get_fp32_opt_state_partition(parameter, False, key)[0].data.narrow(0, 0, length)
+            for key in (None, *MOMENTS)
+        ]
+        return LocalSlice(name, tuple(parameter.ds_shape), start, *parts)
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": config.training.micro_batch_size,
+        "gradient_accumulation_steps": 1,  # the loss is already divided by the whole batch's masked tokens
+        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+        "zero_optimization": {
+            "stage": config.zero.stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "round_robin_gradients": False,
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**62,
+    }
+
+
+class _DataParallelUnit:
+    """What DeepSpeed asks of a Megatron-style `mpu`; its data parallel group is data x context."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+        self._model_group = parallel_state.get_model_parallel_group()
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.data_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.data_size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.data_rank
+
+    def get_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._model_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return dist.get_world_size(self._model_group)
+
+    def get_model_parallel_rank(self) -> int:
+        return dist.get_rank(self._model_group)
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return parallel_state.get_tensor_model_parallel_rank()

@@ -1,0 +1,49 @@
+"""Flat ranges as rectangles, against numpy indexing."""
+
+from itertools import pairwise
+from math import prod
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hydra_scale.checkpoint.geometry import Rectangle, check_cover, flat_range
+
+shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
+
+
+@given(st.data(), shapes)
+def test_rectangles_of_a_flat_range_are_that_range(data: st.DataObject, shape: tuple[int, ...]) -> None:
+    size = prod(shape)
+    start = data.draw(st.integers(0, size))
+    stop = data.draw(st.integers(start, size))
+    array = np.arange(size).reshape(shape)
+    parts = list(flat_range(start, stop, shape))
+    found = []
+    for flat, box in parts:
+        values = array[box.within(Rectangle((0,) * len(shape), shape))].ravel().tolist()
+        assert values == list(range(flat, flat + len(values)))  # contiguous, so a plain view
+        found += values
+    assert found == list(range(start, stop))
+    assert len(parts) <= max(1, 2 * len(shape) - 1)
+
+
+@given(st.data(), shapes, st.integers(1, 5))
+def test_a_tensor_cut_into_slices_is_covered_and_damage_is_seen(
+    data: st.DataObject, shape: tuple[int, ...], num_slices: int
+) -> None:
+    size = prod(shape)
+    cuts = sorted(data.draw(st.lists(st.integers(0, size), min_size=num_slices, max_size=num_slices)))
+    edges = [0, *cuts, size]
+    parts = [box for a, b in pairwise(edges) for _, box in flat_range(a, b, shape)]
+    assert check_cover(shape, parts) is None
+    assert "elements" in (check_cover(shape, parts[1:]) or "")
+    if len(parts) > 1 and parts[0].size == parts[1].size:
+        assert "overlap" in (check_cover(shape, [parts[0], *parts[:1], *parts[2:]]) or "")
+
+
+def test_intersection() -> None:
+    a, b = Rectangle((0, 2), (3, 4)), Rectangle((2, 0), (5, 3))
+    assert a.intersect(b) == Rectangle((2, 2), (1, 1))
+    assert a.intersect(Rectangle((3, 0), (1, 9))) is None
+    assert Rectangle((), ()).intersect(Rectangle((), ())) == Rectangle((), ())
