@@ -1,0 +1,51 @@
+"""From a configuration to a model with its initial weights, and to the optimizer's parameter groups."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from hydra_scale.config import Config, OptimizerConfig
+from hydra_scale.errors import ConfigError
+from hydra_scale.model.initialise import initialise
+from hydra_scale.model.masked_lm import MaskedLanguageModel
+
+_VOCAB_MULTIPLE = 64  # a whole number of tiles for the output product
+
+
+def vocab_size_for(config: Config, tokenizer_size: int) -> int:
+    """Rows of the embedding: as configured, or the tokenizer's size rounded up.
+
+    Raises:
+        ConfigError: fewer rows are configured than the tokenizer has tokens.
+    """
+    configured = config.model.vocab_size
+    if configured is None:
+        return -(-tokenizer_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+    if configured < tokenizer_size:
+        raise ConfigError(
+            f"model.vocab_size is {configured}: the tokenizer of data.train has {tokenizer_size} tokens;"
+            " set it to at least that, or leave it out"
+        )
+    return configured
+
+
+def build_model(config: Config, vocab_size: int, device: torch.device) -> MaskedLanguageModel:
+    """The model of a run with its initial weights, in fp32, on its device."""
+    model = MaskedLanguageModel(config.model, vocab_size, dropout_key=config.training.seed)
+    initialise(model, config.model, config.training.seed)
+    return model.to(device)
+
+
+def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """AdamW groups: with weight decay, and without.
+
+    Under `decay: matrices` only projections and embeddings decay; norms, biases, the convolution and the state space
+    parameters (A_log, dt_bias, D, init_states) do not.
+    """
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        decays = config.decay == "all" or (parameter.ndim == 2 and not name.endswith("init_states"))
+        (decayed if decays else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,36 @@
+"""Dropout whose mask is a function of (key, token, channel): the same in any layout, and after any restart.
+
+No generator state exists, so there is none to store.
+"""
+
+import torch
+
+_32_BITS = 0xFFFFFFFF
+
+
+def keyed_dropout(x_TD: torch.Tensor, token_keys_T: torch.Tensor, rate: float, key: int) -> torch.Tensor:
+    """Zero each element with probability `rate`, scale the rest by 1 / (1 - rate).
+
+    Args:
+        x_TD: any floating dtype.
+        token_keys_T: int64, a number that is the token's own in the whole run.
+        rate: in [0, 1); 0 returns the input.
+        key: seed of the run.
+    """
+    if rate == 0.0:
+        return x_TD
+    channels_D = torch.arange(x_TD.shape[-1], device=x_TD.device, dtype=torch.int64)
+    bits_TD = _hash32(_hash32(token_keys_T ^ (key * 0x9E3779B1))[:, None] + channels_D * 0x85EBCA6B)
+    keep_TD = bits_TD >= int(rate * 2**32)
+    return x_TD * keep_TD * (1.0 / (1.0 - rate))
+
+
+def _hash32(value: torch.Tensor) -> torch.Tensor:
+    """32-bit finaliser with full avalanche (multipliers of C. Wellons' hash prospector), on int64 lanes.
+
+    Tokens beyond 2^32 fold their upper half in first; products wrap modulo 2^64, which leaves the low 32 bits right.
+    """
+    value = (value ^ (value >> 32)) & _32_BITS
+    value = ((value ^ (value >> 16)) * 0x7FEB352D) & _32_BITS
+    value = ((value ^ (value >> 15)) * 0x846CA68B) & _32_BITS
+    return value ^ (value >> 16)

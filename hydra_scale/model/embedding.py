@@ -1,0 +1,32 @@
+"""Tokens to vectors: word + segment (+ position) embedding, LayerNorm, dropout, as in BERT."""
+
+import torch
+from torch import nn
+
+from hydra_scale.config import ModelConfig
+from hydra_scale.model.dropout import keyed_dropout
+from hydra_scale.model.norm import LayerNorm
+from hydra_scale.parallel.tensor import WordEmbedding
+
+
+class Embedding(nn.Module):
+    """Word, segment and optional learned position embedding, normalised."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, dropout_key: int) -> None:
+        super().__init__()
+        self.word = WordEmbedding(vocab_size, config.d_model)
+        self.segment = nn.Embedding(config.type_vocab_size, config.d_model)
+        learned = config.position_embedding == "learned"
+        self.position = nn.Embedding(config.max_positions, config.d_model) if learned else None
+        self.norm = LayerNorm(config.d_model, eps=config.embedding_norm_eps)
+        self._dropout, self._dropout_key = config.dropout, dropout_key
+
+    def forward(
+        self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, token_keys_T: torch.Tensor
+    ) -> torch.Tensor:
+        """Vectors (T, D) of the tokens; all tokens are of segment 0."""
+        x_TD = self.word(input_ids_T) + self.segment.weight[0]
+        if self.position is not None:
+            x_TD = x_TD + self.position(position_ids_T)
+        x_TD = self.norm(x_TD)
+        return keyed_dropout(x_TD, token_keys_T, self._dropout, self._dropout_key) if self.training else x_TD

@@ -1,0 +1,45 @@
+"""The stack of layers, each a mixer inside a residual connection and a norm."""
+
+import torch
+from torch import nn
+
+from hydra_scale.config import ModelConfig
+from hydra_scale.model.attention import Attention
+from hydra_scale.model.mixer import HydraLayerMixer
+from hydra_scale.model.mlp import Mlp
+from hydra_scale.model.norm import make_norm
+
+MIXERS = {"H": HydraLayerMixer, "A": Attention, "M": Mlp}
+"""Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, cu_seqlens, max_seqlen)."""
+
+
+class Layer(nn.Module):
+    """norm(x + mixer(x)) (post) or x + mixer(norm(x)) (pre); the residual stream stays in fp32 under autocast."""
+
+    def __init__(self, config: ModelConfig, kind: str) -> None:
+        super().__init__()
+        self.mixer = MIXERS[kind](config)
+        self.norm = make_norm(config, config.norm_eps)
+        self._pre_norm = config.norm_position == "pre"
+
+    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        if self._pre_norm:
+            return x_TD + self.mixer(self.norm(x_TD), cu_seqlens, max_seqlen)
+        return self.norm(x_TD + self.mixer(x_TD, cu_seqlens, max_seqlen))
+
+
+class Encoder(nn.Module):
+    """`num_layers` layers whose kinds repeat `layer_pattern`; a final norm if the layers are pre-norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
+        pre_norm = config.norm_position == "pre"
+        self.final_norm = make_norm(config, config.embedding_norm_eps) if pre_norm else None
+
+    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        """(T, D) -> (T, D), documents laid end to end."""
+        for layer in self.layers:
+            x_TD = layer(x_TD, cu_seqlens, max_seqlen)
+        return x_TD if self.final_norm is None else self.final_norm(x_TD)

@@ -1,0 +1,80 @@
+"""The masked language model: embedding, encoder, and a head computed at the masked positions only."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import nn
+
+from hydra_scale.config import ModelConfig
+from hydra_scale.model.embedding import Embedding
+from hydra_scale.model.encoder import Encoder
+from hydra_scale.model.norm import LayerNorm
+from hydra_scale.parallel.tensor import cross_entropy
+
+
+class MaskedTokens(Protocol):
+    """What the model reads of a micro batch; `hydra_scale.data.loader.Batch` is one."""
+
+    @property
+    def input_ids(self) -> torch.Tensor: ...
+    @property
+    def position_ids(self) -> torch.Tensor: ...
+    @property
+    def token_keys(self) -> torch.Tensor: ...
+    @property
+    def cu_seqlens(self) -> torch.Tensor: ...
+    @property
+    def max_seqlen(self) -> int: ...
+    @property
+    def masked_positions(self) -> torch.Tensor: ...
+    @property
+    def targets(self) -> torch.Tensor: ...
+
+
+class LossSums(NamedTuple):
+    """Sums over the masked positions of a micro batch; the caller divides by the global number of them."""
+
+    loss: torch.Tensor
+    """Sum of -log p(target), with gradient."""
+    num_correct: torch.Tensor
+    """Masked positions whose likeliest token is the target."""
+
+
+class MaskedLanguageModelHead(nn.Module):
+    """dense, GELU, LayerNorm, then the word embedding as output matrix (tied) plus a bias."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.d_model, config.d_model)
+        self.norm = LayerNorm(config.d_model, eps=config.embedding_norm_eps)
+        self.bias = nn.Parameter(torch.empty(vocab_size))
+
+    def forward(self, x_MD: torch.Tensor, word_embedding_VD: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V)."""
+        x_MD = self.norm(nn.functional.gelu(self.dense(x_MD)))
+        return nn.functional.linear(x_MD, word_embedding_VD, self.bias)
+
+
+class MaskedLanguageModel(nn.Module):
+    """Hydra encoder with a masked language model head; parameter names are the logical names of checkpoints."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, dropout_key: int = 0) -> None:
+        super().__init__()
+        self.embedding = Embedding(config, vocab_size, dropout_key)
+        self.encoder = Encoder(config)
+        self.head = MaskedLanguageModelHead(config, vocab_size)
+
+    def hidden(self, batch: MaskedTokens) -> torch.Tensor:
+        """Final vectors (T, D) of all tokens."""
+        x_TD = self.embedding(batch.input_ids, batch.position_ids, batch.token_keys)
+        return self.encoder(x_TD, batch.cu_seqlens, batch.max_seqlen)
+
+    def logits(self, batch: MaskedTokens) -> torch.Tensor:
+        """Scores (M, V) of every token at the masked positions."""
+        return self.head(self.hidden(batch).index_select(0, batch.masked_positions), self.embedding.word.weight)
+
+    def forward(self, batch: MaskedTokens) -> LossSums:
+        """Summed loss and number of right predictions at the masked positions."""
+        logits_MV = self.logits(batch)
+        loss = cross_entropy(logits_MV, batch.targets).sum()
+        return LossSums(loss, (logits_MV.detach().argmax(-1) == batch.targets).sum())

@@ -1,0 +1,21 @@
+"""The position-wise MLP of a transformer layer."""
+
+import torch
+from torch import nn
+
+from hydra_scale.config import ModelConfig
+from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
+
+
+class Mlp(nn.Module):
+    """down(gelu(up(x)))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width = round(config.mlp.expansion * config.d_model)
+        self.up = ColumnLinear(config.d_model, width, bias=True)
+        self.down = RowLinear(width, config.d_model, bias=True)
+
+    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+        """(T, D) -> (T, D); documents do not matter here."""
+        return self.down(nn.functional.gelu(self.up(x_TD)))

@@ -1,0 +1,39 @@
+"""Keyed dropout: rate, scale, independence, and that it depends on nothing but its keys."""
+
+import torch
+
+from hydra_scale.model.dropout import keyed_dropout
+
+
+def test_rate_and_scale() -> None:
+    x = torch.ones(2000, 64)
+    y = keyed_dropout(x, torch.arange(2000), 0.1, key=3)
+    dropped = (y == 0).double()
+    deviation = (0.1 * 0.9 / dropped.numel()) ** 0.5
+    assert abs(dropped.mean() - 0.1) < 5 * deviation
+    assert torch.equal(y[y != 0].unique(), torch.tensor([1 / 0.9], dtype=torch.float32))
+    for axis in (0, 1):  # no token and no channel is dropped unusually often
+        count = dropped.shape[axis]
+        assert (dropped.mean(axis) - 0.1).abs().max() < 5 * (0.09 / count) ** 0.5
+
+
+def test_neighbouring_tokens_channels_and_keys_are_uncorrelated() -> None:
+    masks = keyed_dropout(torch.ones(4000, 32), torch.arange(4000), 0.5, key=1) != 0
+    other = keyed_dropout(torch.ones(4000, 32), torch.arange(4000), 0.5, key=2) != 0
+    pairs = [(masks[1:], masks[:-1]), (masks[:, 1:], masks[:, :-1]), (masks, other)]
+    for a, b in pairs:
+        agreement = (a == b).double().mean()
+        assert abs(agreement - 0.5) < 5 * 0.5 / a.numel() ** 0.5
+
+
+def test_a_mask_belongs_to_the_token_not_to_its_place_in_the_batch() -> None:
+    x, keys = torch.randn(50, 16), torch.randint(0, 2**40, (50,))
+    order = torch.randperm(50)
+    assert torch.equal(keyed_dropout(x, keys, 0.3, 7)[order], keyed_dropout(x[order], keys[order], 0.3, 7))
+
+
+def test_large_keys_differ_beyond_32_bits() -> None:
+    keys = torch.tensor([5, 5 + 2**32, 5 + 2**33])
+    masks = keyed_dropout(torch.ones(3, 4096), keys, 0.5, 1) != 0
+    assert 0.4 < (masks[0] == masks[1]).double().mean() < 0.6
+    assert 0.4 < (masks[1] == masks[2]).double().mean() < 0.6
