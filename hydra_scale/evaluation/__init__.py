@@ -1,0 +1,1 @@
+"""Evaluation of trained encoders on held-out documents."""

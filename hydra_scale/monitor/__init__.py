@@ -1,0 +1,1 @@
+"""What a run shows and writes: metrics.jsonl, ledger.jsonl, TensorBoard, the console and train.log."""

@@ -1,0 +1,97 @@
+"""One object that tells the world of a run; on ranks other than the main one it does nothing."""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TextIO
+
+from torch.utils.tensorboard import SummaryWriter
+
+from hydra_scale.config import Config
+from hydra_scale.monitor.console import ProgressBar, describe
+from hydra_scale.monitor.metrics import TENSORBOARD_TAGS, MaskedLmScore, StepResult, evaluation_row, step_row
+from hydra_scale.run_folder import RunFolder
+from hydra_scale.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+class Monitor:
+    """Writes each step and evaluation to metrics.jsonl, ledger.jsonl, TensorBoard and the console."""
+
+    def __init__(
+        self, run: RunFolder, config: Config, topology: Topology, first_step: int, ledger: Callable[[int], str]
+    ) -> None:
+        """`ledger(step)` gives the hash of that step's document ids."""
+        self._run, self._config, self._topology = run, config, topology
+        self._first_step, self._ledger = first_step, ledger
+        self._resources = ExitStack()
+        self._last_time = time.perf_counter()
+
+    def __enter__(self) -> "Monitor":
+        if not self._topology.is_main:
+            return self
+        keep = self._resources
+        self._metrics = keep.enter_context(self._run.metrics_file.open("a", encoding="utf-8"))
+        self._ledger_stream = keep.enter_context(self._run.ledger_file.open("a", encoding="utf-8"))
+        self._tensorboard = None
+        if self._config.monitor.tensorboard:
+            self._tensorboard = SummaryWriter(str(self._run.tensorboard), purge_step=self._first_step + 1)
+            keep.callback(self._tensorboard.close)
+        self._bar = ProgressBar(self._first_step, self._config.training.steps)
+        self._bar.start()
+        keep.callback(self._bar.stop)
+        log.info("training on %d x %s", self._topology.world_size, self._topology.accelerator.name)
+        self._last_time = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._resources.close()
+
+    def step(self, step: int, tokens: int, lr: float, result: StepResult) -> None:
+        """Record a training step; its speed counts from the end of what was recorded before it."""
+        if not self._topology.is_main:
+            return
+        now = time.perf_counter()
+        seconds, self._last_time = now - self._last_time, now
+        row = step_row(step, tokens, lr, result, seconds, self._topology.accelerator.peak_memory())
+        _append(self._ledger_stream, {"step": step, "documents": self._ledger(step)})
+        self._write(row)
+        self._bar.update(row)
+        if step % self._config.monitor.console_every == 0 or step in (
+            self._first_step + 1,
+            self._config.training.steps,
+        ):
+            log.info("step %d/%d  %s", step, self._config.training.steps, describe(row))
+
+    def evaluation(self, step: int, score: MaskedLmScore) -> None:
+        """Record an evaluation after `step`."""
+        if not self._topology.is_main:
+            return
+        row = evaluation_row(step, score)
+        self._write(row)
+        log.info("step %d/%d  %s", step, self._config.training.steps, describe(row))
+        self._last_time = time.perf_counter()
+
+    def checkpoint(self, step: int) -> None:
+        """Note that `step` is safe on disk."""
+        if self._topology.is_main:
+            log.info("step %d/%d  checkpoint written", step, self._config.training.steps)
+            self._last_time = time.perf_counter()
+
+    def _write(self, row: dict[str, Any]) -> None:
+        _append(self._metrics, row)
+        if self._tensorboard is not None:
+            for key, tag in TENSORBOARD_TAGS.items():
+                if key in row:
+                    self._tensorboard.add_scalar(tag, row[key], row["step"])
+
+
+def _append(stream: TextIO, row: dict[str, Any]) -> None:
+    stream.write(json.dumps(row) + "\n")
+    stream.flush()

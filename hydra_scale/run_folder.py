@@ -1,0 +1,122 @@
+"""The folder of a run: its configuration, tokenizer, logs and checkpoints, and what may continue in it."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra_scale.checkpoint.files import write_durably
+from hydra_scale.checkpoint.folder import CheckpointFolder
+from hydra_scale.checkpoint.load import CheckpointReader
+from hydra_scale.config import Config
+from hydra_scale.config_file import dump_config, flatten, load_config
+from hydra_scale.errors import CheckpointError, EnvironmentFault
+
+log = logging.getLogger(__name__)
+
+_MAY_CHANGE = (
+    "parallel.", "zero.", "checkpoint.", "monitor.", "evaluation.", "data.train", "data.eval",
+    "training.micro_batch_size", "training.steps", "model.mixer.backend", "model.mixer.chunk_size",
+)  # fmt: skip
+"""Settings that a run may change when it continues: none of them changes what is computed, but for training.steps,
+which stretches the schedule. The data folders may move; their content is compared by fingerprint."""
+
+
+class RunFolder:
+    """RUN/config.yaml metrics.jsonl train.log tensorboard/ checkpoints/ ledger.jsonl tokenizer/"""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.ledger_file = path / "ledger.jsonl"
+        self.log_file = path / "train.log"
+        self.tensorboard = path / "tensorboard"
+        self.tokenizer = path / "tokenizer"
+        self.checkpoints = CheckpointFolder(path / "checkpoints")
+
+    def check(self, config: Config) -> None:
+        """Refuse a folder in which this run may not start or continue; changes nothing.
+
+        Raises:
+            CheckpointError: it belongs to another run, is no run folder, or has a checkpoint under resume: never.
+            EnvironmentFault: it is not a folder.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise EnvironmentFault(f"{self.path}: found a file, expected a folder; choose another --run-dir")
+        if not self.config_file.exists():
+            if self.path.exists() and (others := sorted(entry.name for entry in self.path.iterdir())):
+                raise CheckpointError(
+                    f"{self.path}: holds {others[0]} but no config.yaml: not a run folder; choose an empty --run-dir"
+                )
+            return
+        self._check_same_run(config)
+        if config.checkpoint.resume == "never" and (steps := self.checkpoints.steps()):
+            raise CheckpointError(
+                f"{self.path}: holds a checkpoint of step {steps[-1]} and checkpoint.resume is never;"
+                " set checkpoint.resume=auto to continue or choose another --run-dir"
+            )
+
+    def prepare(self, config: Config, tokenizer: Path) -> None:
+        """Create or refresh the folder: resolved configuration and a copy of the tokenizer. Main rank only."""
+        self.checkpoints.path.mkdir(parents=True, exist_ok=True)
+        self.checkpoints.clear_unfinished()
+        write_durably(self.config_file, dump_config(config).encode())
+        shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
+
+    def rewind_logs(self, step: int) -> None:
+        """Drop from metrics and ledger what follows `step`: it will be computed again. Main rank only."""
+        for file in (self.metrics_file, self.ledger_file):
+            if file.exists():
+                kept = [line for line, values in _json_lines(file) if values["step"] <= step]
+                write_durably(file, "".join(kept).encode())
+
+    def load_config(self) -> Config:
+        """The configuration this run was last started with.
+
+        Raises:
+            CheckpointError: not a run folder.
+        """
+        if not self.config_file.is_file():
+            raise CheckpointError(f"{self.path}: no config.yaml: not a run folder; give a folder `pretrain` wrote")
+        return load_config(self.config_file)
+
+    def newest_checkpoint(self) -> Path:
+        """The newest whole checkpoint.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        folder = self.checkpoints.newest_whole()
+        if folder is None:
+            raise CheckpointError(f"{self.checkpoints.path}: holds no checkpoint yet; train for checkpoint.every steps")
+        return folder
+
+    def newest_parameters(self) -> dict[str, torch.Tensor]:
+        """Every parameter of the newest whole checkpoint, fp32, by logical name. Raises as `newest_checkpoint`."""
+        with CheckpointReader(self.newest_checkpoint()) as reader:
+            return reader.parameters()
+
+    def _check_same_run(self, config: Config) -> None:
+        there = dict(flatten(load_config(self.config_file).model_dump()))
+        here = dict(flatten(config.model_dump()))
+        changed = [key for key in here if here[key] != there.get(key) and not key.startswith(_MAY_CHANGE)]
+        if changed:
+            key = changed[0]
+            more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+            raise CheckpointError(
+                f"{self.path}: holds another run: {key} is {there.get(key)!r} there and {here[key]!r} here{more};"
+                " choose another --run-dir, or the settings of its config.yaml to continue it"
+            )
+
+
+def _json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Lines with their content; a last line torn by a crash is left out."""
+    with file.open(encoding="utf-8") as stream:
+        for line in stream:
+            if line.endswith("\n"):
+                yield line, json.loads(line)

@@ -1,0 +1,82 @@
+"""Where a run begins, and what it writes down to begin there again."""
+
+import logging
+from typing import Any
+
+import torch.distributed as dist
+
+from hydra_scale.checkpoint.load import CheckpointReader
+from hydra_scale.checkpoint.save import save
+from hydra_scale.config import Config
+from hydra_scale.errors import CheckpointError, HydraScaleError
+from hydra_scale.parallel.zero import ZeroOptimizer
+from hydra_scale.run_folder import RunFolder
+from hydra_scale.topology import Topology
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointing:
+    """Saves and restores a run: weights and moments through the optimizer, the rest as a few numbers.
+
+    The data order, the schedule and all randomness are functions of the step, so the step is all their state.
+    """
+
+    def __init__(
+        self, run: RunFolder, optimizer: ZeroOptimizer, config: Config, topology: Topology, data_fingerprint: str
+    ) -> None:
+        self._run, self._optimizer, self._keep, self._topology = run, optimizer, config.checkpoint.keep, topology
+        self._data_fingerprint = data_fingerprint
+
+    def restore(self, parameter_names: set[str]) -> tuple[int, int]:
+        """Load the newest whole checkpoint; returns its step and the tokens trained on, (0, 0) if there is none.
+
+        Raises:
+            CheckpointError: no whole checkpoint among those there, or it is of another model or other data.
+        """
+        folder = on_main_rank(self._choose)
+        if folder is None:
+            log.info("%s: no checkpoint yet, starting at step 0", self._run.path)
+            self._optimizer.check_slices()
+            return 0, 0
+        with CheckpointReader(folder) as reader:
+            state = reader.manifest.state
+            if state["data"] != self._data_fingerprint:
+                raise CheckpointError(
+                    f"{folder}: was trained on data with fingerprint {state['data'][:16]}, data.train now has"
+                    f" {self._data_fingerprint[:16]}; give the same prepared folder, or start another run"
+                )
+            reader.check_names(parameter_names)
+            self._optimizer.prepare_load(reader.manifest.step)
+            reader.fill_slices(self._optimizer.local_slices())
+        self._optimizer.finish_load()
+        self._optimizer.check_slices()
+        log.info("continuing from %s", folder)
+        return reader.manifest.step, state["tokens"]
+
+    def save(self, step: int, tokens: int) -> None:
+        """Publish the checkpoint of `step` and delete the oldest beyond those to keep."""
+        state: dict[str, Any] = {"tokens": tokens, "data": self._data_fingerprint}
+        save(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state)
+        if self._topology.is_main:
+            self._run.checkpoints.retain(self._keep)
+
+    def _choose(self) -> Any:
+        folder = self._run.checkpoints.newest_whole()
+        if folder is not None:
+            self._run.checkpoints.set_aside_after(int(folder.name.removeprefix("step-")))
+        return folder
+
+
+def on_main_rank(action: Any) -> Any:
+    """What `action()` returns on rank 0, on every rank; a named failure there is raised everywhere."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except HydraScaleError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,74 @@
+"""Pretraining from a configuration to a trained run folder: the loop on one screen."""
+
+import logging
+from pathlib import Path
+
+from hydra_scale.config import Config
+from hydra_scale.data.loader import EvaluationData, TrainingData
+from hydra_scale.evaluation.masked_lm import evaluate
+from hydra_scale.model.build import build_model, parameter_groups, vocab_size_for
+from hydra_scale.monitor.console import logged_to
+from hydra_scale.monitor.monitor import Monitor
+from hydra_scale.parallel.zero import ZeroOptimizer
+from hydra_scale.run_folder import RunFolder
+from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
+from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
+from hydra_scale.training.schedule import learning_rate
+from hydra_scale.training.step import train_step
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: Config, run_dir: Path) -> None:
+    """Train until config.training.steps, from the newest checkpoint of `run_dir` if it holds one.
+
+    Every process of the job calls this with the same arguments.
+
+    Raises:
+        HydraScaleError: one of the named failures of `hydra_scale.errors`.
+    """
+    check_layout(config, ProcessEnvironment.read().world_size)
+    with joined(config.parallel) as topology:
+        _open(config, RunFolder(run_dir), topology)
+
+
+def _open(config: Config, run: RunFolder, topology: Topology) -> None:
+    on_main_rank(lambda: run.check(config))
+    data = TrainingData(config.data, config.training.seed)
+    held_out = EvaluationData(config.data, data.tokenizer)
+    vocab_size = vocab_size_for(config, data.tokenizer.vocab_size)
+    on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
+    with logged_to(run.log_file, topology.is_main):
+        _loop(config, run, topology, data, held_out, vocab_size)
+
+
+def _loop(
+    config: Config, run: RunFolder, topology: Topology, data: TrainingData, held_out: EvaluationData, vocab_size: int
+) -> None:
+    model = build_model(config, vocab_size, topology.accelerator.device)
+    names = {name for name, _ in model.named_parameters()}
+    optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
+    checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
+    first_step, tokens = checkpointing.restore(names)
+    on_main_rank(lambda: run.rewind_logs(first_step))
+
+    num_steps, batch, ranks = config.training.steps, config.training, (topology.data_rank, topology.data_size)
+
+    def ledger(step: int) -> str:
+        return data.ledger_hash(step - 1, batch.global_batch_size)
+
+    with (
+        Monitor(run, config, topology, first_step, ledger) as monitor,
+        data.prefetch(first_step, num_steps, *ranks, batch.global_batch_size, batch.micro_batch_size) as batches,
+    ):
+        for index, micro_batches in batches:
+            step = index + 1  # the batch of index i makes optimizer step i + 1
+            lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
+            result = train_step(optimizer, micro_batches, step, lr, config, topology)
+            tokens += result.num_tokens
+            monitor.step(step, tokens, lr, result)
+            if step % config.evaluation.every == 0 or step == num_steps:
+                monitor.evaluation(step, evaluate(optimizer.module, held_out, config, topology))
+            if step % config.checkpoint.every == 0 or step == num_steps:
+                checkpointing.save(step, tokens)
+                monitor.checkpoint(step)

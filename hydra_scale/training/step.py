@@ -1,0 +1,56 @@
+"""One optimizer step over the global batch."""
+
+import torch
+import torch.distributed as dist
+
+from hydra_scale.config import Config
+from hydra_scale.data.loader import Batch
+from hydra_scale.errors import NumericsFault
+from hydra_scale.monitor.metrics import StepResult
+from hydra_scale.parallel.zero import ZeroOptimizer
+from hydra_scale.topology import Topology
+
+
+def train_step(
+    optimizer: ZeroOptimizer, batches: list[Batch], step: int, lr: float, config: Config, topology: Topology
+) -> StepResult:
+    """Forward and backward of this rank's micro batches, one update.
+
+    The loss of the global batch is (sum over its masked tokens) / (their number over all ranks): neither the number
+    of ranks nor of micro batches enters. DeepSpeed averages over the data ranks, hence the factor data_size.
+
+    Raises:
+        NumericsFault: the loss or the gradient norm is not finite; the weights of this step must not be kept.
+    """
+    device = topology.accelerator.device
+    num_masked = int(sum_over_ranks([batch.targets.numel() for batch in batches], topology))
+    scale = topology.data_size / max(1, num_masked)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for index, batch in enumerate(batches):
+        # backward stays inside: megatron's linear layers remember autocast for their backward on CUDA only
+        with topology.accelerator.autocast(config.training.precision):
+            loss, num_correct = optimizer.module(batch.to(device))
+            optimizer.backward(loss * scale, last=index == len(batches) - 1)
+        sums += torch.stack((loss.detach().double(), num_correct.double()))
+    grad_norm = optimizer.step(lr)
+    dist.all_reduce(sums, group=topology.data_group)
+    loss_sum, num_right = sums.tolist()
+    if not (abs(loss_sum) < float("inf") and grad_norm < float("inf")):
+        raise NumericsFault(
+            f"step {step}: loss {loss_sum / max(1, num_masked)}, gradient norm {grad_norm}: not finite;"
+            " lower optimizer.lr or inspect the batch (ledger.jsonl), then start again from the last checkpoint"
+        )
+    return StepResult(
+        loss=loss_sum / max(1, num_masked),
+        masked_accuracy=num_right / max(1, num_masked),
+        grad_norm=grad_norm,
+        num_tokens=int(sum_over_ranks([batch.input_ids.numel() for batch in batches], topology)),
+        num_masked=num_masked,
+    )
+
+
+def sum_over_ranks(values: list[int], topology: Topology) -> float:
+    """Sum of `values` and of those of the other data parallel ranks."""
+    total = torch.tensor(float(sum(values)), dtype=torch.float64, device=topology.accelerator.device)
+    dist.all_reduce(total, group=topology.data_group)
+    return total.item()

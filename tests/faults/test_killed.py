@@ -1,0 +1,119 @@
+"""SIGKILL anywhere, the same command again: bit-equal weights, losses and document order, nothing twice."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks, run_to_death
+from runs import ledger, rows, train, weights
+
+STEPS = 12
+SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", "evaluation.every=3", "model.dropout=0.1"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(1, train, run, [f"data.train={corpus}", *SETTINGS])
+    return run
+
+
+@pytest.mark.parametrize("place", ["step", "record", "evaluation", "save", "publish", "delete"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_killed_and_started_again(corpus: Path, undisturbed: Path, tmp_path: Path, place: str, count: int) -> None:
+    """Dies the `count`-th time it comes to `place`, every fourth time for steps and records."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "checkpoint.keep=2"]
+    assert run_to_death(
+        train_and_die, run, settings, place, 4 * count - 1 if place in ("step", "record") else count
+    ) == (0 if (place, count) == ("delete", 2) or (place, count) == ("delete", 3) else -signal.SIGKILL)
+    run_ranks(1, train, run, settings)
+    assert_same_run(run, undisturbed)
+
+
+def test_killed_at_every_start(corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
+    for _ in range(2):  # gets nowhere: dies before the first checkpoint
+        assert run_to_death(train_and_die, run, settings, "record", 3) == -signal.SIGKILL
+    for _ in range(2):  # each gets one checkpoint further
+        assert run_to_death(train_and_die, run, settings, "record", 6) == -signal.SIGKILL
+    run_ranks(1, train, run, settings)
+    assert_same_run(run, undisturbed)
+
+
+def test_one_of_two_ranks_killed(corpus: Path, tmp_path: Path) -> None:
+    settings = [f"data.train={corpus}", *SETTINGS]
+    run_ranks(2, train, tmp_path / "undisturbed", settings)
+    with pytest.raises(AssertionError, match="rank"):
+        run_ranks(2, train_and_die_on_rank_1, tmp_path / "run", settings)
+    run_ranks(2, train, tmp_path / "run", settings)
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
+def test_continues_on_another_number_of_ranks(
+    corpus: Path, undisturbed: Path, tmp_path: Path, before: int, after: int
+) -> None:
+    run, settings = (
+        tmp_path / "run",
+        [f"data.train={corpus}", *SETTINGS, "training.micro_batch_size=1", "schedule.warmup_steps=2"],
+    )
+    run_ranks(before, train, run, [*settings, "training.steps=4"])
+    run_ranks(after, train, run, [*settings, "zero.stage=3"])
+    assert ledger(run) == ledger(undisturbed)
+    # the first four steps had the schedule of a run of four steps: compare with one process that did the same
+    run_ranks(1, train, tmp_path / "one", [*settings, "training.steps=4"])
+    run_ranks(1, train, tmp_path / "one", settings)
+    for key in ("loss", "grad_norm"):
+        assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5)
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    for key in ("step", "tokens", "loss", "grad_norm", "lr", "masked_accuracy", "eval/loss", "eval/masked_accuracy"):
+        assert rows(run, key) == rows(undisturbed, key), key
+    assert ledger(run) == ledger(undisturbed)
+    assert [row["step"] for row in ledger(run)] == list(range(1, STEPS + 1))
+    found, expected = weights(run), weights(undisturbed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def train_and_die_on_rank_1(run_dir: Path, overrides: list[str]) -> None:
+    if os.environ["RANK"] == "1":
+        train_and_die(run_dir, overrides, "step", 7)
+    else:
+        train(run_dir, overrides)
+
+
+def train_and_die(run_dir: Path, overrides: list[str], place: str, count: int) -> None:
+    """`train`, killed when it comes to `place` for the `count`-th time."""
+    from hydra_scale.checkpoint import folder, save
+    from hydra_scale.monitor import monitor
+    from hydra_scale.training import pretrain
+
+    owner, name = {
+        "step": (pretrain, "train_step"),
+        "record": (monitor, "step_row"),
+        "evaluation": (pretrain, "evaluate"),
+        "save": (save, "save_file"),
+        "publish": (save, "publish"),
+        "delete": (folder, "remove_folder"),
+    }[place]
+    setattr(owner, name, dying(getattr(owner, name), count))
+    train(run_dir, overrides)
+
+
+def dying(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    calls = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    return wrapper
