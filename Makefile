@@ -29,7 +29,7 @@ quickstart: $(READY)  ## Real text to a trained encoder that fills masks; result
 	@$(BIN)/python -m hydra_scale.quickstart --folder $(QUICKSTART)
 
 test: $(READY)  ## The whole test suite for the CPU
-	@$(BIN)/python -m pytest -m 'not gpu'
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'not gpu'
 
 lint: $(READY)  ## Style, types and import directions
 	@$(BIN)/ruff check .

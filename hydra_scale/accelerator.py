@@ -58,6 +58,7 @@ def choose_accelerator(local_rank: int) -> Accelerator:
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32: PyTorch would round the convolution's inputs to 10 bits
     return Accelerator(device, "nccl", torch.cuda.get_device_name(device))
 
 

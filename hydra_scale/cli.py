@@ -79,11 +79,9 @@ def prepare(
 @app.command()
 def verify(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of `prepare`.")]) -> None:
     """Compare every file of a prepared folder with its manifest."""
-    from hydra_data_prep.progress import progress_display
     from hydra_data_prep.verify import verify as run
 
-    with progress_display() as progress:
-        run(data, progress)
+    run(data)
     typer.echo(f"{data}: every file is as the manifest says")
 
 

@@ -79,9 +79,8 @@ class CheckpointReader:
             common = piece.rectangle.intersect(box)
             if common is None:
                 continue
-            stored = self._file(piece.file).get_slice(piece.key) if piece.size else None
-            source = self._file(piece.file).get_tensor(piece.key) if stored is None else None
-            part = source if stored is None else stored[common.within(piece.rectangle)]
+            file, index = self._file(piece.file), common.within(piece.rectangle)
+            part = file.get_slice(piece.key)[index] if index else file.get_tensor(piece.key)
             target[common.within(box)].copy_(part)
             read += common.num_elements
         if read != target.numel():

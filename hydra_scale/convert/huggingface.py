@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForMaskedLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForMaskedLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from hydra_scale.convert.package import EncoderPackage
 from hydra_scale.convert.tokenizer_json import tokenizer_json
@@ -61,6 +62,7 @@ def difference_from_source(package: EncoderPackage, folder: Path) -> float:
     input_ids = torch.randint(0, package.vocab_size, (len(lengths), shortest), generator=generator)
     mask = (torch.arange(shortest) < torch.tensor(lengths)[:, None]).long()
     dtype = package.parameters["head.bias"].dtype
+    disable_progress_bar()
     exported = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
     ours = package.build()
     with torch.no_grad():
@@ -96,7 +98,8 @@ def fill_mask(folder: Path, text: str, top: int = 3) -> list[tuple[str, float]]:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: no config.json; give a folder written by `convert --to huggingface`")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    disable_progress_bar()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     model = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=True).eval()
     inputs = tokenizer(text, return_tensors="pt")
     places = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()
@@ -181,7 +184,7 @@ A bidirectional state space encoder (Hydra) trained by masked language modelling
 ```python
 from transformers import AutoModelForMaskedLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER", trust_remote_code=True)
 model = AutoModelForMaskedLM.from_pretrained("FOLDER", trust_remote_code=True)
 ```
 

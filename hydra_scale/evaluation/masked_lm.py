@@ -40,8 +40,9 @@ def evaluate(
     _set_training(model, was_training)
     sums = sums.to(accelerator.device)
     dist.all_reduce(sums, group=topology.data_group)
-    *means, num_masked = sums.tolist()
-    return MaskedLmScore(*(mean / max(1.0, num_masked) for mean in means), int(num_masked))
+    *totals, num_masked = sums.tolist()
+    loss, accuracy, unigram_loss, unigram_accuracy = (total / max(1.0, num_masked) for total in totals)
+    return MaskedLmScore(loss, accuracy, unigram_loss, unigram_accuracy, int(num_masked))
 
 
 def _set_training(model: object, training: bool) -> bool:

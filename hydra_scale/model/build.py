@@ -43,7 +43,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     Under `decay: matrices` only projections and embeddings decay; norms, biases, the convolution and the state space
     parameters (A_log, dt_bias, D, init_states) do not.
     """
-    decayed, kept = [], []
+    decayed: list[nn.Parameter] = []
+    kept: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         decays = config.decay == "all" or (parameter.ndim == 2 and not name.endswith("init_states"))
         (decayed if decays else kept).append(parameter)

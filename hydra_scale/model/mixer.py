@@ -30,8 +30,7 @@ class HydraLayerMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(nheads))
         self.D = nn.Parameter(torch.empty(nheads))
         self.fc_D = nn.Linear(d_inner, nheads, bias=False)
-        self.norm = nn.Module()
-        self.norm.weight = nn.Parameter(torch.empty(d_inner))
+        self.norm = nn.RMSNorm(d_inner)
         self.out_proj = RowLinear(d_inner, config.d_model, bias=mixer.bias)
         self.init_states: nn.Parameter | None = None
         if mixer.learnable_init_states:

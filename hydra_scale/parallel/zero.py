@@ -101,7 +101,7 @@ class ZeroOptimizer:
             CheckpointError: a slice lies elsewhere.
         """
         for part in self.local_slices():
-            weight = self._parameters[part.name]
+            weight: Any = self._parameters[part.name]
             flat = weight.ds_tensor.data if self._is_stage_3 else weight.data.flatten()[part.start :]
             if not torch.equal(flat[: part.parameter.numel()].to(part.parameter.dtype), part.parameter):
                 raise CheckpointError(f"{part.name}: the optimizer's slice at {part.start} is not this weight's slice")

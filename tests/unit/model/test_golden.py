@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from alone import job_of_one
-from hydra_scale.convert.public_hydra import from_public, read_public, to_public
 from safetensors.torch import load_file
+
+from hydra_scale.convert.public_hydra import from_public, read_public, to_public
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 FILES = sorted(GOLDEN.glob("bert_hydra*.safetensors"))

@@ -1,0 +1,1 @@
+"""From corpora to a tokenizer and token shards with a manifest."""

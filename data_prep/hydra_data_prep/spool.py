@@ -1,0 +1,72 @@
+"""Kept documents between the two passes of a preparation: lines of plain files, settled into splits."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from hydra_data_prep.cleaning import CleanDocument
+from hydra_scale.data.shards import Split
+from hydra_scale.errors import DataError
+
+
+class Spool:
+    """The kept documents as lines of two files, and which one line belongs to the other file's split."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[Split, Path] = {"train": folder / "train.lines", "eval": folder / "eval.lines"}
+        self._counts: dict[Split, int] = {"train": 0, "eval": 0}
+        self._moved: tuple[Split, int] | None = None
+        self.num_words = 0
+
+    def fill(self, documents: Iterator[CleanDocument], eval_fraction: float, source: str) -> None:
+        """Write the documents down and settle the splits: train gets at least one, and eval if there are two."""
+        lowest, highest = (2.0, 0), (-1.0, 0)  # (lot, line) of the document nearest to the other split
+        with self._files["train"].open("wb") as train, self._files["eval"].open("wb") as held_out:
+            for document in documents:
+                text, lot = document.text, document.lot
+                split: Split = "eval" if lot < eval_fraction else "train"
+                if split == "train":
+                    lowest = min(lowest, (lot, self._counts["train"]))
+                else:
+                    highest = max(highest, (lot, self._counts["eval"]))
+                (train if split == "train" else held_out).write(text.encode() + b"\n")
+                self._counts[split] += 1
+                self.num_words += text.count(" ") + 1
+        if not any(self._counts.values()):
+            raise DataError(f"--source {source}: holds no document to keep; check --input and --min-characters")
+        if not self._counts["train"]:
+            self._move("eval", highest[1])
+        elif not self._counts["eval"] and eval_fraction > 0 and self._counts["train"] > 1:
+            self._move("train", lowest[1])
+
+    @property
+    def splits(self) -> list[Split]:
+        """Splits that hold documents."""
+        return [split for split, count in self._counts.items() if count]
+
+    def bytes(self, split: Split) -> int:
+        """Size of the text of a split, but for a moved document."""
+        return self._files[split].stat().st_size
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of a split, in order; one that was moved here comes last."""
+        for number, text in enumerate(self._lines(split)):
+            if (split, number) != self._moved:
+                yield text
+        if self._moved and self._moved[0] != split:
+            yield from islice(self._lines(self._moved[0]), self._moved[1], self._moved[1] + 1)
+
+    def remove(self) -> None:
+        """Delete the files."""
+        for path in self._files.values():
+            path.unlink()
+
+    def _move(self, origin: Split, line: int) -> None:
+        self._moved = (origin, line)
+        self._counts[origin] -= 1
+        self._counts["eval" if origin == "train" else "train"] += 1
+
+    def _lines(self, split: Split) -> Iterator[str]:
+        with self._files[split].open("rb") as lines:
+            for line in lines:
+                yield line[:-1].decode()

@@ -1,0 +1,234 @@
+"""Batches for the model: order, gathering and masking put together, for training and for evaluation."""
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hydra_scale.config import DataConfig
+from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, Manifest, read_manifest
+from hydra_scale.data.masking import Masking
+from hydra_scale.data.order import SequenceOrder
+from hydra_scale.data.shards import Split, TokenStore
+from hydra_scale.data.tokenizer import SEP_ID, Tokenizer
+from hydra_scale.errors import DataError
+
+_EVALUATION_SEED = 0
+_STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Batch:
+    """S pieces of documents laid end to end, T tokens, M of them to predict. No piece sees another."""
+
+    input_ids: torch.Tensor
+    """int64 (T,), corrupted."""
+    cu_seqlens: torch.Tensor
+    """int32 (S + 1,): piece i is tokens [cu_seqlens[i], cu_seqlens[i + 1])."""
+    max_seqlen: int
+    """Tokens of the longest piece."""
+    position_ids: torch.Tensor
+    """int64 (T,), counted from the start of each piece."""
+    masked_positions: torch.Tensor
+    """int64 (M,) into T, ascending."""
+    targets: torch.Tensor
+    """int64 (M,), the tokens that stood there."""
+    token_keys: torch.Tensor
+    """int64 (T,), sequence * seqlen + offset: the token's place in the run, for draws that follow the token."""
+    num_sequences: int
+    documents: torch.Tensor
+    """int64 (S,), the document of each piece."""
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The batch with its tensors on `device`."""
+        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **moved)
+
+
+class Unigram(NamedTuple):
+    """What the frequencies of tokens alone predict."""
+
+    most_frequent: int
+    """The likeliest ordinary token."""
+    log_probabilities: np.ndarray
+    """float64 (vocab_size,), add-one smoothed over the ordinary tokens; -inf at special ones, never targets."""
+
+    @classmethod
+    def from_counts(cls, counts: np.ndarray, is_special: np.ndarray) -> "Unigram":
+        """From occurrences of each id, int64 (vocab_size,)."""
+        smoothed = np.where(is_special, 0.0, counts + 1.0)
+        with np.errstate(divide="ignore"):
+            return cls(int(smoothed.argmax()), np.log(smoothed / smoothed.sum()))
+
+
+class _PreparedSplit:
+    """One split of a prepared folder with its order and masks: makes the batch of any range of sequences.
+
+    Raises:
+        DataError: as `read_manifest`, `Tokenizer.load` and `TokenStore`, or the tokenizer is not the manifest's.
+    """
+
+    def __init__(self, folder: Path, split: Split, config: DataConfig, order_seed: int | None, mask_seed: int) -> None:
+        self.folder = folder
+        self.manifest = read_manifest(folder)
+        self.tokenizer = _tokenizer_of(folder, self.manifest)
+        self.store = TokenStore(folder, self.manifest, split)
+        self.order = SequenceOrder(self.store.lengths, config.seqlen, order_seed, config.packing)
+        rate = config.mask_rate if split == "train" else config.eval_mask_rate
+        self.masking = Masking(config.masking, rate, mask_seed, self.tokenizer)
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Sequences [first, first + count) of the order."""
+        pieces = self.order.pieces(first, count)
+        tokens = self.store.gather(pieces.documents, pieces.starts, pieces.stops)
+        lengths = pieces.stops - pieces.starts
+        borders = np.concatenate([[0], np.cumsum(lengths)])
+        if not self.order.packing:
+            # a document that was cut still ends in [SEP], as it will when the model is used
+            tokens[borders[1:][pieces.stops < self.order.lengths[pieces.documents]] - 1] = SEP_ID
+        places = np.arange(len(tokens))
+        sequences = np.repeat(pieces.sequences, lengths)
+        first_piece = np.searchsorted(pieces.sequences, pieces.sequences, side="left")
+        offsets = places - np.repeat(borders[first_piece], lengths)
+        masked = self.masking(tokens, sequences, offsets, borders[:-1])
+        return Batch(
+            input_ids=torch.from_numpy(masked.input_ids),
+            cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
+            max_seqlen=int(lengths.max()),
+            position_ids=torch.from_numpy(places - np.repeat(borders[:-1], lengths)),
+            masked_positions=torch.from_numpy(masked.positions),
+            targets=torch.from_numpy(masked.targets),
+            token_keys=torch.from_numpy(sequences * self.order.seqlen + offsets),
+            num_sequences=count,
+            documents=torch.from_numpy(pieces.documents),
+        )
+
+
+class TrainingData:
+    """The training sequences of a run. Any batch is a function of its number: nothing has to be saved to resume.
+
+    Args:
+        config: folder, sequence length, packing and masks.
+        seed: of the order and of the masks.
+
+    Raises:
+        DataError: the folder is missing, damaged, or inconsistent.
+    """
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        self._split = _PreparedSplit(Path(config.train), "train", config, seed, seed)
+        self.tokenizer = self._split.tokenizer
+        self.tokenizer_folder = self._split.folder / TOKENIZER_FOLDER
+        self.fingerprint = self._split.manifest.fingerprint("train")
+        """Hash of the tokens and their order in the folder: a run may continue only on data with the same one."""
+
+    def micro_batches(
+        self, step: int, rank: int, num_ranks: int, global_batch_size: int, micro_batch_size: int
+    ) -> list[Batch]:
+        """What data parallel rank `rank` of `num_ranks` computes in step `step`, counted from 0.
+
+        The global batch is sequences [step * global_batch_size, (step + 1) * global_batch_size) of the run, whatever
+        the number of ranks; each takes an equal stretch of it. `num_ranks` divides `global_batch_size`.
+
+        Raises:
+            DataError: a shard is missing, cut or altered.
+        """
+        share = global_batch_size // num_ranks
+        begin = step * global_batch_size + rank * share
+        firsts = range(begin, begin + share, micro_batch_size)
+        return [self._split.batch(first, min(micro_batch_size, begin + share - first)) for first in firsts]
+
+    def ledger_hash(self, step: int, global_batch_size: int) -> str:
+        """Hex sha256 of the global batch of a step: its (document, start, stop), int64, in order. Reads no token."""
+        pieces = self._split.order.pieces(step * global_batch_size, global_batch_size)
+        rows = np.stack([pieces.documents, pieces.starts, pieces.stops], axis=1)
+        return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
+
+    @contextmanager
+    def prefetch(
+        self,
+        first_step: int,
+        last_step: int,
+        rank: int,
+        num_ranks: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ) -> Iterator[Iterator[tuple[int, list[Batch]]]]:
+        """Steps [first_step, last_step) as (step, micro batches), made by one thread that stays two steps ahead.
+
+        An error of the thread is raised where its step is asked for. Leaving the context ends the thread.
+        """
+
+        def make(step: int) -> list[Batch]:
+            return self.micro_batches(step, rank, num_ranks, global_batch_size, micro_batch_size)
+
+        with ThreadPoolExecutor(1, "hydra-scale-data") as thread:
+            yield _ahead(thread, make, range(first_step, last_step))
+
+
+class EvaluationData:
+    """Held-out sequences in manifest order, with the same masks in every evaluation.
+
+    Args:
+        config: its eval folder is used, or else its train folder.
+        tokenizer: the tokenizer of the model, which must be the one of the data; absent: not compared.
+
+    Raises:
+        DataError: the folder is missing, damaged, without an eval split, or of another tokenizer.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
+        folder = Path(config.eval or config.train)
+        self._split = _PreparedSplit(folder, "eval", config, None, _EVALUATION_SEED)
+        self.tokenizer = self._split.tokenizer
+        if tokenizer is not None and tokenizer.sha256 != self.tokenizer.sha256:
+            raise DataError(
+                f"{folder / MANIFEST}: prepared with tokenizer {self.tokenizer.kind} {self.tokenizer.sha256[:12]}, the"
+                f" model's is {tokenizer.kind} {tokenizer.sha256[:12]}; prepare it with `--tokenizer TRAIN_FOLDER`"
+            )
+        train = TokenStore(folder, self._split.manifest, "train")
+        self.unigram = Unigram.from_counts(train.counts(), self.tokenizer.is_special)
+        """Frequencies in the train split of the same folder."""
+
+    def batches(
+        self, num_sequences: int, micro_batch_size: int, rank: int, num_ranks: int
+    ) -> Iterator[tuple[Batch, bool]]:
+        """This rank's share of the first `num_sequences` sequences, or of all there are, as (batch, counted).
+
+        Every rank gets the same number of batches, since forward passes may be collective: a rank with nothing left
+        gets one again that is not to be counted.
+        """
+        total = min(num_sequences, self._split.order.num_sequences or 0)
+        firsts = range(0, total, micro_batch_size)
+        for turn in range(-(-len(firsts) // num_ranks)):
+            mine = turn * num_ranks + rank
+            first = firsts[min(mine, len(firsts) - 1)]
+            yield self._split.batch(first, min(micro_batch_size, total - first)), mine < len(firsts)
+
+
+def _ahead(
+    thread: ThreadPoolExecutor, make: Callable[[int], list[Batch]], steps: range
+) -> Iterator[tuple[int, list[Batch]]]:
+    pending: deque[Future[list[Batch]]] = deque(thread.submit(make, step) for step in steps[:_STEPS_AHEAD])
+    for index, step in enumerate(steps):
+        batches = pending.popleft().result()
+        if index + _STEPS_AHEAD < len(steps):
+            pending.append(thread.submit(make, steps[index + _STEPS_AHEAD]))
+        yield step, batches
+
+
+def _tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
+    if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer.sha256, manifest.tokenizer.vocab_size):
+        raise DataError(
+            f"{folder / TOKENIZER_FOLDER}: {tokenizer.kind} tokenizer {tokenizer.sha256[:12]}, the manifest says"
+            f" {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]}; copy the folder again"
+        )
+    return tokenizer

@@ -1,0 +1,221 @@
+"""The manifest of a prepared folder: what lies in which shard, and the hash of everything.
+
+DATA/manifest.json                this file
+DATA/tokenizer/                   everything to tokenise again
+DATA/train/shard-000000.tar ...   the tokens (`hydra_scale.data.shards` says how)
+DATA/train/lengths.npy            uint32 (documents,): tokens of each document, in shard order
+DATA/train/counts.npy             int64 (vocab_size,): occurrences of each token id
+DATA/eval/                        likewise: documents held out by the hash of their text; may be absent
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+
+from hydra_scale.errors import DataError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"
+LENGTHS = "lengths.npy"
+COUNTS = "counts.npy"
+
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Block(NamedTuple):
+    """One sample of a shard: whole documents whose tokens lie in one stretch of the tar."""
+
+    offset: int
+    """Byte in the tar at which the tokens begin; a multiple of the token size."""
+    documents: int
+    tokens: int
+
+
+class FileEntry(_Record):
+    """A file of a split, by name inside the split's folder."""
+
+    name: str
+    bytes: PositiveCount
+    sha256: Sha256
+
+
+class ShardEntry(FileEntry):
+    """A tar of blocks."""
+
+    documents: PositiveCount
+    tokens: PositiveCount
+    blocks: Annotated[tuple[Block, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ShardEntry":
+        if not _SHARD_NAME.fullmatch(self.name):
+            raise ValueError(
+                f"shard name {self.name!r} is refused; expected a plain NAME.tar: no folder, no scheme, no pipe"
+            )
+        documents, tokens = (sum(column) for column in zip(*(block[1:] for block in self.blocks), strict=True))
+        if (documents, tokens) != (self.documents, self.tokens):
+            raise ValueError(
+                f"shard {self.name}: its blocks hold {documents} documents and {tokens} tokens,"
+                f" its entry says {self.documents} and {self.tokens}"
+            )
+        return self
+
+
+class SplitEntry(_Record):
+    """The documents of `train` or `eval`."""
+
+    documents: PositiveCount
+    tokens: PositiveCount
+    lengths: FileEntry
+    counts: FileEntry
+    shards: tuple[ShardEntry, ...]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "SplitEntry":
+        if (self.lengths.name, self.counts.name) != (LENGTHS, COUNTS):
+            raise ValueError(f"expected the files {LENGTHS} and {COUNTS}")
+        for what, seen in (("name", [s.name for s in self.shards]), ("sha256", [s.sha256 for s in self.shards])):
+            if len(set(seen)) < len(seen):
+                twice = next(value for value in seen if seen.count(value) > 1)
+                first, second = [number for number, value in enumerate(seen) if value == twice][:2]
+                raise ValueError(f"shards {first} and {second} of the list have the same {what} {twice}")
+        totals = (sum(shard.documents for shard in self.shards), sum(shard.tokens for shard in self.shards))
+        if totals != (self.documents, self.tokens):
+            raise ValueError(
+                f"its shards hold {totals[0]} documents and {totals[1]} tokens, the split says"
+                f" {self.documents} and {self.tokens}"
+            )
+        return self
+
+
+class TokenizerEntry(_Record):
+    """Which tokenizer wrote the tokens."""
+
+    kind: str
+    sha256: Sha256
+    vocab_size: PositiveCount
+    special_ids: dict[str, int]
+
+
+class Manifest(_Record):
+    """Content of manifest.json, but for its own hash."""
+
+    version: Literal[1] = 1
+    tokenizer: TokenizerEntry
+    dtype: Literal["uint16", "uint32"]
+    """Type of the tokens in the shards, little endian."""
+    source: dict[str, JsonValue]
+    """Where the documents came from and the options used: for people, nothing reads it."""
+    splits: dict[Literal["train", "eval"], SplitEntry]
+
+    def fingerprint(self, split: Literal["train", "eval"]) -> str:
+        """Hex digest of what a reader of `split` sees: the tokens, their order and their tokenizer.
+
+        It does not change when the folder moves, and changes with any token.
+        """
+        seen = self.model_dump(mode="json", include={"version", "tokenizer", "dtype"})
+        return _digest(seen | {"split": self.splits[split].model_dump(mode="json")})
+
+    def write(self, folder: Path) -> None:
+        """Write folder/manifest.json."""
+        values = self.model_dump(mode="json")
+        text = json.dumps({"sha256": _digest(values)} | values)
+        (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a prepared folder; every listed file is there and has the listed size.
+
+    Raises:
+        DataError: the folder, the manifest or a file is missing, cut or altered, or of a newer schema.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; give a folder written by `hydra-scale prepare`")
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error}); copy or prepare the folder again") from None
+    manifest = _validated(path, values)
+    for split, entry in manifest.splits.items():
+        _check_sizes(folder / split, entry)
+    return manifest
+
+
+def split_entry(folder: Path, manifest: Manifest, split: Literal["train", "eval"]) -> SplitEntry:
+    """The entry of a split.
+
+    Raises:
+        DataError: the folder has no such split.
+    """
+    if split not in manifest.splits:
+        raise DataError(
+            f"{folder / MANIFEST}: no {split} split, only {', '.join(manifest.splits)};"
+            " prepare again with --eval-fraction above 0 and at least two documents, or set data.eval to another folder"
+        )
+    return manifest.splits[split]
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's content."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sha256(path: Path, found: str, expected: str) -> None:
+    """Raises DataError if a file's hash is not that of its manifest."""
+    if found != expected:
+        raise DataError(f"{path}: sha256 is {found}, the manifest says {expected}; copy it or prepare the folder again")
+
+
+def _validated(path: Path, values: Any) -> Manifest:
+    version = values.get("version") if isinstance(values, dict) else None
+    if version != SCHEMA_VERSION:
+        newer = isinstance(version, int) and version > SCHEMA_VERSION
+        advice = (
+            "update hydra-scale, or prepare the folder again" if newer else "give a folder of `hydra-scale prepare`"
+        )
+        raise DataError(f"{path}: found schema version {version}, this program reads {SCHEMA_VERSION}; {advice}")
+    stated = values.pop("sha256", None)
+    if (found := _digest(values)) != stated:
+        raise DataError(
+            f"{path}: its content has sha256 {found}, it states {stated}; the manifest was altered:"
+            " copy or prepare the folder again"
+        )
+    try:
+        return Manifest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
+
+
+def _check_sizes(folder: Path, entry: SplitEntry) -> None:
+    missing = [shard.name for shard in entry.shards if not (folder / shard.name).is_file()]
+    if missing:
+        raise DataError(
+            f"{folder / missing[0]}: missing, as {len(missing)} of {len(entry.shards)} shards; copy the folder again"
+        )
+    for file in (entry.lengths, entry.counts, *entry.shards):
+        path = folder / file.name
+        if not path.is_file():
+            raise DataError(f"{path}: missing; copy the folder again")
+        if (size := path.stat().st_size) != file.bytes:
+            raise DataError(f"{path}: {size:,} bytes, the manifest says {file.bytes:,}; copy it again")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

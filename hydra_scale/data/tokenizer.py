@@ -1,0 +1,238 @@
+"""Tokenizers: one interface over SentencePiece models, bytes and nucleotides.
+
+Every kind has the same five special tokens, ids 0 to 4, and no text can produce one of them. A tokenizer folder holds
+hydra_tokenizer.json (kind, size, and hashes of the other files) and, for SentencePiece, the model; it travels with
+prepared data, checkpoints and exported models.
+"""
+
+import hashlib
+import json
+import unicodedata
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import sentencepiece
+
+from hydra_scale.errors import DataError
+
+PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(5)
+SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TOKENIZER_FILE = "hydra_tokenizer.json"
+WHITESPACE = "[\t-\r\x1c-\x20\x85\u1680\u2028\u2029\u2581]+"
+"""What `normalise_text` turns into one space after NFKC: every white space that NFKC leaves, and U+2581, which
+SentencePiece uses for a space. An exported tokenizer uses the same pattern."""
+
+_VERSION = 1
+_MODEL_FILE = "sentencepiece.model"
+_NUM_SPECIAL = len(SPECIAL_PIECES)
+
+
+class Tokenizer(ABC):
+    """Text to ids and back.
+
+    Attributes:
+        kind: name of the class in the tokenizer folder and the manifest.
+        vocab_size: ids are below it.
+        is_special: bool (vocab_size,); true for ids 0 to 4: never masked, never drawn as a replacement.
+        starts_word: bool (vocab_size,); true where an id begins a word, for whole word masking.
+        is_fallback: bool (vocab_size,); true for [UNK] and for pieces that only spell what has no piece of its own.
+    """
+
+    kind: ClassVar[str]
+    vocab_size: int
+    is_special: np.ndarray
+    starts_word: np.ndarray
+    is_fallback: np.ndarray
+
+    def normalise(self, text: str) -> str:
+        """The text that is tokenised, as `normalise_text` unless the kind has a rule of its own."""
+        return normalise_text(text)
+
+    @abstractmethod
+    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        """Ids of each text, normalised by the caller: uint32 (tokens,), as [CLS] text [SEP] if `frame`."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids, special tokens left out."""
+
+    @abstractmethod
+    def piece(self, token: int) -> str:
+        """How an id is written for people."""
+
+    def files(self) -> dict[str, bytes]:
+        """Files of the tokenizer folder besides hydra_tokenizer.json."""
+        return {}
+
+    @property
+    def description(self) -> bytes:
+        """Content of hydra_tokenizer.json."""
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in self.files().items()}
+        special_ids = {piece: index for index, piece in enumerate(SPECIAL_PIECES)}
+        values = {"version": _VERSION, "kind": self.kind, "vocab_size": self.vocab_size, "special_ids": special_ids}
+        return (json.dumps(values | {"sha256": hashes}, indent=1) + "\n").encode()
+
+    @property
+    def sha256(self) -> str:
+        """Hash of hydra_tokenizer.json and, through it, of every file: two tokenizers with one hash do the same."""
+        return hashlib.sha256(self.description).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (self.files() | {TOKENIZER_FILE: self.description}).items():
+            (folder / name).write_bytes(content)
+
+    @staticmethod
+    def load(folder: Path) -> "Tokenizer":
+        """Read a tokenizer folder.
+
+        Raises:
+            DataError: not a tokenizer folder, of an unknown kind or version, or altered.
+        """
+        path = folder / TOKENIZER_FILE
+        try:
+            content = path.read_bytes()
+            values = json.loads(content)
+            kind, version = values["kind"], values["version"]
+        except OSError:
+            raise DataError(f"{path}: no such file; give a tokenizer folder that `hydra-scale prepare` wrote") from None
+        except (ValueError, KeyError, TypeError):
+            raise DataError(f"{path}: not the description of a tokenizer; copy the folder again") from None
+        if version != _VERSION or kind not in KINDS:
+            raise DataError(
+                f"{path}: found kind {kind!r} of version {version}, this program reads version {_VERSION} of"
+                f" {', '.join(KINDS)}; update hydra-scale"
+            )
+        tokenizer = KINDS[kind].from_folder(folder)
+        if tokenizer.description != content:
+            raise DataError(f"{path}: does not describe the files beside it; the tokenizer was altered: copy it again")
+        return tokenizer
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "Tokenizer":
+        """The tokenizer of this kind in a folder; `load` finds out the kind and compares the description."""
+        return cls()
+
+    def _set_vocabulary(self, vocab_size: int, starts_word: Sequence[int] | np.ndarray) -> None:
+        self.vocab_size = vocab_size
+        self.is_special = np.arange(vocab_size) < _NUM_SPECIAL
+        self.is_fallback = np.arange(vocab_size) == UNK_ID
+        self.starts_word = self.is_special.copy()
+        self.starts_word[starts_word] = True
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A SentencePiece model, unigram or BPE, whose own normalisation is the identity.
+
+    Raises:
+        DataError: the model cannot be read, lacks the five special tokens, or normalises text by itself.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, where: str = "SentencePiece model") -> None:
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise DataError(f"{where}: not a SentencePiece model; copy or train it again") from None
+        found = tuple(processor.id_to_piece(index) for index in range(min(_NUM_SPECIAL, processor.vocab_size())))
+        if found != SPECIAL_PIECES:
+            raise DataError(
+                f"{where}: its first pieces are {', '.join(found)}, expected {', '.join(SPECIAL_PIECES)};"
+                " train one with `hydra-scale prepare --tokenizer sentencepiece`"
+            )
+        if processor.normalize("A\ufb01") not in ("\u2581A\ufb01", "A\ufb01"):
+            raise DataError(f"{where}: normalises text by itself; train it with normalization_rule_name=identity")
+        self._model, self._processor = model, processor
+        ids = range(processor.vocab_size())
+        self._set_vocabulary(len(ids), [i for i in ids if processor.id_to_piece(i).startswith("\u2581")])
+        self.is_fallback |= np.array([processor.is_byte(i) for i in ids])
+
+    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        encoded = self._processor.encode(list(texts), add_bos=frame, add_eos=frame, num_threads=num_threads)
+        return [np.array(ids, np.uint32) for ids in encoded]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return self._processor.decode([int(token) for token in ids if token >= _NUM_SPECIAL])
+
+    def piece(self, token: int) -> str:
+        return self._processor.id_to_piece(int(token))
+
+    def files(self) -> dict[str, bytes]:
+        return {_MODEL_FILE: self._model}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        path = folder / _MODEL_FILE
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; copy the tokenizer folder again")
+        return cls(path.read_bytes(), str(path))
+
+
+class BytesTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, ids 5 to 260. A space starts the word that follows it."""
+
+    kind = "bytes"
+
+    def __init__(self) -> None:
+        self._set_vocabulary(_NUM_SPECIAL + 256, [_NUM_SPECIAL + ord(" ")])
+
+    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        ids = (np.frombuffer(text.encode(), np.uint8).astype(np.uint32) + _NUM_SPECIAL for text in texts)
+        return [_framed(body) if frame else body for body in ids]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        ids = np.asarray(ids)
+        return (ids[ids >= _NUM_SPECIAL] - _NUM_SPECIAL).astype(np.uint8).tobytes().decode(errors="replace")
+
+    def piece(self, token: int) -> str:
+        return SPECIAL_PIECES[token] if token < _NUM_SPECIAL else f"<0x{token - _NUM_SPECIAL:02X}>"
+
+
+class NucleotidesTokenizer(Tokenizer):
+    """A C G T N, ids 5 to 9. Lower case counts as upper, U as T; the ambiguity codes of IUPAC and gaps are N, white
+    space is skipped, anything else is [UNK]."""
+
+    kind = "nucleotides"
+    _BASES = "ACGTN"
+
+    def __init__(self) -> None:
+        self._set_vocabulary(_NUM_SPECIAL + len(self._BASES), np.arange(_NUM_SPECIAL + len(self._BASES)))
+        self._table = np.full(256, UNK_ID, np.uint32)
+        self._table[np.frombuffer(self._BASES.encode(), np.uint8)] = _NUM_SPECIAL + np.arange(len(self._BASES))
+        self._fold = str.maketrans("URYSWKMBDHV-.", "TNNNNNNNNNNNN")
+
+    def normalise(self, text: str) -> str:
+        """Upper-case bases without white space, every ambiguity code and gap as N."""
+        return "".join(text.split()).upper().translate(self._fold)
+
+    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        # a character outside Latin-1 becomes "?", which the table holds as [UNK] too
+        ids = (self._table[np.frombuffer(text.encode("latin-1", "replace"), np.uint8)] for text in texts)
+        return [_framed(body) if frame else body for body in ids]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return "".join(self._BASES[int(token) - _NUM_SPECIAL] for token in ids if token >= _NUM_SPECIAL)
+
+    def piece(self, token: int) -> str:
+        return (*SPECIAL_PIECES, *self._BASES)[token]
+
+
+KINDS: dict[str, type[Tokenizer]] = {
+    cls.kind: cls for cls in (SentencePieceTokenizer, BytesTokenizer, NucleotidesTokenizer)
+}
+
+
+def normalise_text(text: str) -> str:
+    """NFKC, then white space collapsed to single spaces, none at the ends."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text).replace("\u2581", " ")
+    return " ".join(text.split())
+
+
+def _framed(body: np.ndarray) -> np.ndarray:
+    return np.concatenate([np.array([CLS_ID], np.uint32), body, np.array([SEP_ID], np.uint32)])

@@ -1,0 +1,50 @@
+"""The centred depthwise convolution with SiLU that stands in front of the scan."""
+
+import torch
+
+from .documents import check_cu_seqlens
+from .reference import conv_silu
+from .scan import check_backend
+
+
+def depthwise_conv_silu(
+    x_BLC: torch.Tensor,
+    weight_C1K: torch.Tensor,
+    bias_C: torch.Tensor | None = None,
+    *,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """silu(bias[c] + sum_k weight[c, k] x[t + k - K // 2, c]), zeros beyond both ends of a document.
+
+    x: (batch, seqlen, channels). weight: (channels, 1, K), K odd. bias: (channels,).
+    cu_seqlens: (num_documents + 1,) borders of documents laid end to end in a batch of 1; absent: every row is one.
+    Returns (batch, seqlen, channels). Under autocast the products are in its dtype.
+    Raises ValueError for an even K, shapes or borders that do not fit, or an unknown backend.
+    """
+    check_backend(backend)
+    batch, seqlen, num_channels = x_BLC.shape
+    taps = weight_C1K.shape[-1]
+    if taps % 2 == 0:
+        raise ValueError(f"weight has {taps} taps; a centred convolution needs an odd number")
+    if weight_C1K.shape != (num_channels, 1, taps):
+        raise ValueError(f"weight has shape {tuple(weight_C1K.shape)}; expected {(num_channels, 1, taps)} to go with x")
+    if backend == "reference":
+        return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=cu_seqlens)
+    if seqlen == 0:
+        return torch.zeros_like(x_BLC)
+    if cu_seqlens is None:
+        return torch.nn.functional.silu(_convolve(x_BLC, weight_C1K, bias_C))
+    check_cu_seqlens(cu_seqlens, batch, seqlen)
+    # Documents moved apart by K // 2 rows of zeros: then no tap reaches from one into another.
+    gap = taps // 2
+    place_L = torch.arange(seqlen, device=x_BLC.device)
+    place_L = place_L + gap * (torch.searchsorted(cu_seqlens, place_L, right=True) - 1)
+    apart = x_BLC.new_zeros(1, seqlen + gap * (cu_seqlens.numel() - 2), num_channels).index_copy(1, place_L, x_BLC)
+    return torch.nn.functional.silu(_convolve(apart, weight_C1K, bias_C).index_select(1, place_L))
+
+
+def _convolve(x_BLC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None) -> torch.Tensor:
+    num_channels, _, taps = weight_C1K.shape
+    x_BCL = x_BLC.mT.contiguous()
+    return torch.nn.functional.conv1d(x_BCL, weight_C1K, bias_C, padding=taps // 2, groups=num_channels).mT

