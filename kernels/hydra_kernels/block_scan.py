@@ -17,8 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from .precision import without_autocast
 
-_MATRIX_ELEMENTS_AT_ONCE = 1 << 18
-"""Block matrices are built this many numbers at a time, so that the passes over them stay in a core's cache."""
+_MATRIX_ELEMENTS_ON_CPU, _MATRIX_ELEMENTS_ON_GPU = 1 << 18, 1 << 26
+"""Block matrices are built this many numbers at a time: on a CPU so few that the passes over them stay in a core's
+cache, on a GPU so many that launching a pass costs little beside it."""
 
 
 def block_scan(
@@ -144,7 +145,8 @@ class _WithinBlock(torch.autograd.Function):
 
 def _block_slices(dt_2KGRQ: torch.Tensor) -> Iterator[slice]:
     _, num_blocks, num_groups, heads_per_group, block_len = dt_2KGRQ.shape
-    at_once = max(1, _MATRIX_ELEMENTS_AT_ONCE // (num_groups * heads_per_group * block_len**2))
+    elements = _MATRIX_ELEMENTS_ON_CPU if dt_2KGRQ.device.type == "cpu" else _MATRIX_ELEMENTS_ON_GPU
+    at_once = max(1, elements // (num_groups * heads_per_group * block_len**2))
     for first in range(0, num_blocks, at_once):
         yield slice(first, first + at_once)
 

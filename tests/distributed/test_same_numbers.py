@@ -52,6 +52,16 @@ def test_equal_to_one_process(
     assert ledger(run) == ledger(alone[settings])
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_bf16_follows_fp32(corpus: Path, alone: dict[str, Path], tmp_path: Path, num_ranks: int) -> None:
+    run = tmp_path / "run"
+    settings = [*SETTINGS["packed"], "training.precision=bf16", "training.micro_batch_size=4"]
+    run_ranks(num_ranks, train, run, [f"data.train={corpus}", *STEPS, *settings])
+    assert rows(run, "loss") != rows(alone["packed"], "loss")
+    assert rows(run, "loss") == pytest.approx(rows(alone["packed"], "loss"), rel=1e-2)
+    assert rows(run, "grad_norm") == pytest.approx(rows(alone["packed"], "grad_norm"), rel=5e-2)
+
+
 def test_training_learns(alone: dict[str, Path]) -> None:
     for run in alone.values():
         losses = rows(run, "loss")
