@@ -49,7 +49,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise EnvironmentFault(f"{self.path}: found a file, expected a folder; choose another --run-dir")
         if not self.config_file.exists():
-            if self.path.exists() and (others := sorted(entry.name for entry in self.path.iterdir())):
+            if others := sorted(entry.name for entry in self.path.glob("[!.]*")):
                 raise CheckpointError(
                     f"{self.path}: holds {others[0]} but no config.yaml: not a run folder; choose an empty --run-dir"
                 )
@@ -63,9 +63,10 @@ class RunFolder:
 
     def prepare(self, config: Config, tokenizer: Path) -> None:
         """Create or refresh the folder: resolved configuration and a copy of the tokenizer. Main rank only."""
-        self.checkpoints.path.mkdir(parents=True, exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_durably(self.config_file, dump_config(config).encode())  # first: it marks the folder as a run's
+        self.checkpoints.path.mkdir(exist_ok=True)
         self.checkpoints.clear_unfinished()
-        write_durably(self.config_file, dump_config(config).encode())
         shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
 
     def rewind_logs(self, step: int) -> None:

@@ -51,6 +51,8 @@ def _loop(
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
     first_step, tokens = checkpointing.restore(names)
     on_main_rank(lambda: run.rewind_logs(first_step))
+    if first_step >= config.training.steps:
+        log.info("%s: has all %d steps already", run.path, config.training.steps)
 
     num_steps, batch, ranks = config.training.steps, config.training, (topology.data_rank, topology.data_size)
 

@@ -22,14 +22,18 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-@pytest.mark.parametrize("place", ["step", "record", "evaluation", "save", "publish", "delete"])
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("place", "count"),
+    [
+        ("prepare", 1), ("tokenizer", 1), ("step", 1), ("step", 3), ("step", 7), ("step", 12), ("record", 4),
+        ("evaluation", 1), ("evaluation", 4), ("save", 1), ("save", 2), ("save", 3), ("publish", 1), ("publish", 3),
+        ("delete", 1),
+    ],
+)  # fmt: skip
 def test_killed_and_started_again(corpus: Path, undisturbed: Path, tmp_path: Path, place: str, count: int) -> None:
-    """Dies the `count`-th time it comes to `place`, every fourth time for steps and records."""
+    """Dies the `count`-th time it comes to `place`."""
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "checkpoint.keep=2"]
-    assert run_to_death(
-        train_and_die, run, settings, place, 4 * count - 1 if place in ("step", "record") else count
-    ) == (0 if (place, count) == ("delete", 2) or (place, count) == ("delete", 3) else -signal.SIGKILL)
+    assert run_to_death(train_and_die, run, settings, place, count) == -signal.SIGKILL
     run_ranks(1, train, run, settings)
     assert_same_run(run, undisturbed)
 
@@ -90,11 +94,14 @@ def train_and_die_on_rank_1(run_dir: Path, overrides: list[str]) -> None:
 
 def train_and_die(run_dir: Path, overrides: list[str], place: str, count: int) -> None:
     """`train`, killed when it comes to `place` for the `count`-th time."""
+    from hydra_scale import run_folder
     from hydra_scale.checkpoint import folder, save
     from hydra_scale.monitor import monitor
     from hydra_scale.training import pretrain
 
     owner, name = {
+        "prepare": (run_folder, "write_durably"),
+        "tokenizer": (run_folder.shutil, "copytree"),
         "step": (pretrain, "train_step"),
         "record": (monitor, "step_row"),
         "evaluation": (pretrain, "evaluate"),

@@ -1,7 +1,9 @@
 """Attention and MLP layers against transformers' BERT with the same weights: logits, loss and every gradient."""
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
+import pytest
 import torch
 from alone import job_of_one
 from transformers import BertConfig, BertForMaskedLM
@@ -39,6 +41,12 @@ def ours_from_bert(bert: dict[str, torch.Tensor], num_layers: int) -> dict[str, 
     return found
 
 
+@pytest.fixture(autouse=True)
+def _job() -> Iterator[None]:
+    with job_of_one():
+        yield
+
+
 def test_bert() -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 60}
@@ -48,8 +56,7 @@ def test_bert() -> None:
         {"d_model": WIDTH, "num_layers": 4, "layer_pattern": "AM", "norm_eps": 1e-12, "position_embedding": "learned",
          "max_positions": 32, "attention": {"num_heads": 4}, "mlp": {"expansion": 2.5}}
     )  # fmt: skip
-    with job_of_one():
-        model = MaskedLanguageModel(model_config, VOCAB).double()
+    model = MaskedLanguageModel(model_config, VOCAB).double()
     model.load_state_dict(ours_from_bert(bert.state_dict(), 2))
 
     mask = torch.arange(30) < torch.tensor(LENGTHS)[:, None]
