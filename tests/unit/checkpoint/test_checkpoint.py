@@ -172,6 +172,15 @@ def test_wrong_shapes_names_and_versions_are_named(folder: CheckpointFolder) -> 
         read_manifest(path)
 
 
+def test_a_tensor_with_a_piece_missing_is_never_half_read(folder: CheckpointFolder) -> None:
+    with CheckpointReader(write(folder, 1)) as reader:
+        name = "parameter/layer.weight"
+        entry = reader.manifest.tensors[name]
+        reader.manifest.tensors[name] = entry.model_copy(update={"pieces": entry.pieces[1:]})
+        with pytest.raises(CheckpointError, match=r"parameter/layer.weight: read \d+ of 15 elements"):
+            reader.parameters()
+
+
 def test_retention_keeps_the_newest_by_number(folder: CheckpointFolder) -> None:
     for step in (20, 5, 100):
         write(folder, step)
