@@ -1,7 +1,6 @@
 """Progress for people: a live bar on a terminal, plain lines elsewhere, and the same lines in train.log."""
 
 import logging
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,13 +11,14 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger("hydra_scale")
+_CONSOLE = Console(stderr=True)  # one for the log and the bar, so that lines appear above the bar
 
 
 def set_up_logging(is_main: bool = True) -> None:
     """Send the project's log to standard error; ranks other than the main one only speak of problems."""
     log.setLevel(logging.INFO if is_main else logging.WARNING)
-    if sys.stderr.isatty():
-        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, show_level=False)
+    if _CONSOLE.is_terminal:
+        handler: logging.Handler = RichHandler(console=_CONSOLE, show_path=False, show_level=False)
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
@@ -59,15 +59,14 @@ class ProgressBar:
     """A live bar with the last step's numbers; silent where standard error is no terminal."""
 
     def __init__(self, first_step: int, num_steps: int) -> None:
-        console = Console(stderr=True)
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[row]}"),
-            console=console,
-            disable=not console.is_terminal,
+            console=_CONSOLE,
+            disable=not _CONSOLE.is_terminal,
         )
         self._task = self._progress.add_task("", total=num_steps, completed=first_step, row="")
 
