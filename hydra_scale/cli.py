@@ -1,4 +1,4 @@
-"""The command line: `hydra-scale prepare | pretrain | evaluate | convert | fill-mask | doctor`.
+"""The command line: `hydra-scale prepare | pretrain | evaluate | convert | fill-mask | bench | doctor`.
 
 Commands import what they need when they run, so that `--help` is instant.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hydra_scale.bench.commands import bench
 from hydra_scale.errors import HydraScaleError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(bench, name="bench")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run folder, as `pretrain` writes it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")]

@@ -47,7 +47,7 @@ class MixerConfig(Section):
     """Biases in the input and output projection."""
     conv_bias: bool = True
     """Bias in the convolution."""
-    backend: Literal["auto", "torch", "reference"] = "auto"
+    backend: Literal["auto", "triton", "torch", "reference"] = "auto"
     """Which implementation of the operations runs; `reference` is slow and for comparison."""
 
     @model_validator(mode="after")

@@ -1,10 +1,14 @@
 """A small prepared corpus of made-up prose, shared by the tests that train."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: kernels run on CPU tensors then
 
 from hydra_data_prep.prepare import PrepareOptions, prepare
 

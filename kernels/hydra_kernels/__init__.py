@@ -1,11 +1,13 @@
 """The operations of the Hydra mixer, and the mixer itself. Needs torch only; usable without the rest of the project."""
 
+from .backends import BACKENDS
 from .conv import depthwise_conv_silu
 from .mixer import HydraMixer, hydra_mix
 from .norm import gated_rms_norm, sum_of_squares
 from .scan import quasiseparable_scan
 
 __all__ = [
+    "BACKENDS",
     "HydraMixer",
     "depthwise_conv_silu",
     "gated_rms_norm",

@@ -2,9 +2,13 @@
 
 import torch
 
+from .backends import resolve_backend
 from .documents import check_cu_seqlens
 from .reference import conv_silu
-from .scan import check_backend
+from .triton_language import available, check_device
+
+if available:
+    from .triton_autograd import triton_conv_silu
 
 
 def depthwise_conv_silu(
@@ -22,7 +26,7 @@ def depthwise_conv_silu(
     Returns (batch, seqlen, channels). Under autocast the products are in its dtype.
     Raises ValueError for an even K, shapes or borders that do not fit, or an unknown backend.
     """
-    check_backend(backend)
+    backend = resolve_backend(backend, x_BLC)
     batch, seqlen, num_channels = x_BLC.shape
     taps = weight_C1K.shape[-1]
     if taps % 2 == 0:
@@ -33,6 +37,11 @@ def depthwise_conv_silu(
         return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=cu_seqlens)
     if seqlen == 0:
         return torch.zeros_like(x_BLC)
+    if backend == "triton":
+        check_device(x_BLC)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, batch, seqlen)
+        return triton_conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens)
     if cu_seqlens is None:
         return torch.nn.functional.silu(_convolve(x_BLC, weight_C1K, bias_C))
     check_cu_seqlens(cu_seqlens, batch, seqlen)

@@ -69,3 +69,23 @@ def _present(attention_mask_BL: torch.Tensor, shape: torch.Size) -> torch.Tensor
             "nonzero at tokens and 0 at padding"
         )
     return attention_mask_BL != 0
+
+
+def token_borders(
+    cu_seqlens: torch.Tensor | None, batch: int, seqlen: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Borders of all documents (S + 1,), and the first token and the end of each token's document (T,) int32.
+
+    With all rows end to end, T = batch * seqlen; without `cu_seqlens` each row is a document. Nothing is read on the
+    host: borders that `check_cu_seqlens` would refuse give wrong masks, never an access outside the input.
+    """
+    num_tokens = batch * seqlen
+    if cu_seqlens is None:
+        borders = torch.arange(batch + 1, device=device) * seqlen
+        starts = torch.arange(num_tokens, device=device, dtype=torch.int32)
+        starts = starts - starts % max(1, seqlen)
+        return borders, starts, starts + seqlen
+    borders = cu_seqlens.to(device)
+    token = torch.arange(num_tokens, device=device, dtype=borders.dtype)
+    document = torch.searchsorted(borders, token, right=True).clamp(1, max(1, borders.numel() - 1))
+    return borders, borders[document - 1].to(torch.int32), borders[document].to(torch.int32)

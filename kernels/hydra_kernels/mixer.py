@@ -10,12 +10,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from .backends import resolve_backend
 from .conv import depthwise_conv_silu
-from .documents import pad, unpad
+from .documents import check_cu_seqlens, pad, unpad
 from .norm import gated_rms_norm
 from .precision import without_autocast, working_dtype
 from .scan import quasiseparable_scan
+from .triton_language import available, check_device
+
+if available:
+    from .triton_autograd import MixShape, triton_mix
 
 _NORM_EPS = 1e-5
 
@@ -49,6 +55,15 @@ def hydra_mix(
     """
     nheads, d_inner = fc_D_weight.shape
     width = ngroups * d_state
+    backend = resolve_backend(backend, projected_BLE)
+    if backend == "triton" and projected_BLE.numel():
+        check_device(projected_BLE)
+        if cu_seqlens is not None:
+            check_cu_seqlens(cu_seqlens, *projected_BLE.shape[:2])
+        shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, chunk_size)
+        weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
+        with without_autocast(projected_BLE):
+            return triton_mix(projected_BLE, shape, *weights, cu_seqlens)
     z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
     conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=cu_seqlens, backend=backend)
     x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
@@ -94,6 +109,7 @@ class HydraMixer(nn.Module):
         activation: "swish" or "silu", which are the same.
         bias, conv_bias: biases of the two projections, and of the convolution.
         chunk_size, backend: as in `quasiseparable_scan`.
+        recompute: keep only the input for the backward pass and compute everything again there.
 
     Raises:
         ValueError: widths that do not divide, an even d_conv, or another activation.
@@ -118,6 +134,7 @@ class HydraMixer(nn.Module):
         conv_bias: bool = True,
         chunk_size: int = 256,
         backend: str = "auto",
+        recompute: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -134,6 +151,7 @@ class HydraMixer(nn.Module):
             raise ValueError(f"activation is {activation!r}; the mixer has 'swish' (the same as 'silu') only")
         self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
         self.conv_init, self.dt_limit, self.chunk_size, self.backend = conv_init, dt_limit, chunk_size, backend
+        self.recompute = recompute
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         conv_channels = d_inner + 4 * ngroups * d_state
@@ -182,11 +200,18 @@ class HydraMixer(nn.Module):
         Raises ValueError if both are given, or do not fit the input.
         """
         if attention_mask is None:
-            return self._mix(u_BLD, cu_seqlens)
+            return self._mix_or_recompute(u_BLD, cu_seqlens)
         if cu_seqlens is not None:
             raise ValueError("cu_seqlens and attention_mask are both given; lay the documents end to end or pad them")
         tokens_1TD, cu_seqlens = unpad(u_BLD, attention_mask)
-        return pad(self._mix(tokens_1TD, cu_seqlens), attention_mask)
+        return pad(self._mix_or_recompute(tokens_1TD, cu_seqlens), attention_mask)
+
+    def _mix_or_recompute(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return self._mix(u_BLD, cu_seqlens)
+        y_BLD = checkpoint(self._mix, u_BLD, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(y_BLD, torch.Tensor)
+        return y_BLD
 
     def _mix(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
         y_BLI = hydra_mix(

@@ -2,20 +2,19 @@
 
 import torch
 
+from .backends import resolve_backend
 from .block_scan import block_scan
 from .blocks import BlockLayout, block_layout
 from .documents import check_cu_seqlens
+from .mamba_scan import mamba_scan
 from .precision import without_autocast, working_dtype
 from .reference import sequential_scan
+from .triton_language import available, check_device
 
-BACKENDS = ("auto", "torch", "reference")
+if available:
+    from .triton_autograd import triton_scan
+
 _MAX_BLOCK_LEN = 64
-
-
-def check_backend(backend: str) -> None:
-    """ValueError naming the choices unless `backend` is one of BACKENDS."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; choose one of {', '.join(map(repr, BACKENDS))}")
 
 
 def quasiseparable_scan(
@@ -45,23 +44,50 @@ def quasiseparable_scan(
         (forward) and from its right (backward); absent: zeros.
     initial_readout: (2, S, ngroups, d_state): C of the token just outside, with which the first (forward) or last
         (backward) token reads the entering state; absent: zeros, that token reads nothing, as in the published model.
-    chunk_size: upper bound of the block length of the "torch" backend; changes the result by rounding only.
-    backend: "torch" (blocks, cost linear in seqlen), "reference" (token by token), "auto" (currently "torch").
+    chunk_size: upper bound of the tokens handled as one matrix; changes the result by rounding only.
+    backend: "triton" (fused kernels; fp32, bf16 and fp16 on CUDA), "torch" (blocks of PyTorch operations), "reference"
+        (token by token), "mamba" (mamba-ssm's scan called twice, to compare with; unpacked rows without states),
+        "auto" ("triton" where it can run, else "torch").
 
     Returns y of x's shape and dtype; with `return_final_states` also the states (2, S, nheads, headdim, d_state) after
     the last token (forward) and after the first (backward). A document cut in two and chained by initial_states and
     initial_readout gives what it gives whole. Steps, decays and states are fp32 (fp64 for fp64 x), also under autocast.
     Raises ValueError for shapes or borders that do not fit together, chunk_size < 1 or an unknown backend.
     """
-    check_backend(backend)
+    backend = resolve_backend(backend, x_BLHP)
     _check_shapes(x_BLHP, dt_2BLH, A_H, B_2BLGN, C_2BLGN, diagonal_BLH)
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1")
     batch, seqlen = x_BLHP.shape[:2]
     lengths = [seqlen] * batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, batch, seqlen)
     _check_edges(initial_states, initial_readout, len(lengths), x_BLHP, B_2BLGN)
+    has_edges = return_final_states or initial_states is not None or initial_readout is not None
+    final_states: torch.Tensor | None
     with without_autocast(x_BLHP):
-        if backend == "reference":
+        if backend == "triton" and x_BLHP.numel() and available:
+            y_BLHP, final_states = triton_scan(
+                x_BLHP,
+                dt_2BLH,
+                A_H,
+                B_2BLGN,
+                C_2BLGN,
+                diagonal_BLH=diagonal_BLH,
+                cu_seqlens=cu_seqlens,
+                initial_states=initial_states,
+                initial_readout=initial_readout,
+                return_final_states=return_final_states,
+                chunk_size=chunk_size,
+            )
+        elif backend == "triton" and x_BLHP.numel():
+            check_device(x_BLHP)  # Triton is not installed: says so
+        elif backend == "mamba":
+            if has_edges or cu_seqlens is not None:
+                raise ValueError("backend 'mamba' takes unpacked rows without states; choose 'auto' for the others")
+            y_BLHP = mamba_scan(
+                x_BLHP, dt_2BLH, A_H, B_2BLGN, C_2BLGN, diagonal_BLH=diagonal_BLH, chunk_size=chunk_size
+            )
+            final_states = None
+        elif backend == "reference":
             y_BLHP, final_states = sequential_scan(
                 x_BLHP,
                 dt_2BLH,
@@ -86,7 +112,10 @@ def quasiseparable_scan(
                 initial_readout,
                 chunk_size,
             )
-    return (y_BLHP, final_states) if return_final_states else y_BLHP
+    if not return_final_states:
+        return y_BLHP
+    assert final_states is not None
+    return y_BLHP, final_states
 
 
 def _scan_in_blocks(

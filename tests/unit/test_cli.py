@@ -31,7 +31,7 @@ def pretrain(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 
 def test_help_names_every_command_and_option() -> None:
     overview = run("--help").stdout
-    for command in ("prepare", "verify", "pretrain", "evaluate", "convert", "fill-mask", "doctor"):
+    for command in ("prepare", "verify", "pretrain", "evaluate", "convert", "fill-mask", "doctor", "bench"):
         assert command in overview
         help_text = run(command, "--help")
         assert help_text.returncode == 0 and "Usage" in help_text.stdout

@@ -1,0 +1,136 @@
+"""The sub-commands `hydra-scale bench kernels` and `hydra-scale bench training`. Imports happen when they run."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from hydra_scale.bench.table import Row
+
+bench = typer.Typer(help="Measure speed and memory beside the peers that are here.", no_args_is_help=True)
+
+Seqlen = Annotated[list[int] | None, typer.Option(min=1, help="Tokens of a document; repeatable.  [128 to 131072]")]
+PeerPath = Annotated[
+    list[Path] | None, typer.Option(help="Folder that holds a peer's package (hydra/, mamba_ssm/); repeatable.")
+]
+Output = Annotated[Path, typer.Option(help="Folder for the CSV and the plot.")]
+
+
+@bench.command()
+def kernels(
+    tokens: Annotated[int | None, typer.Option(min=20, help="Tokens of a call.  [65536; on a CPU 256]")] = None,
+    seqlen: Seqlen = None,
+    width: Annotated[
+        list[int] | None, typer.Option(help="d_model, a multiple of 64; repeatable.  [1024, 2048; on a CPU 64]")
+    ] = None,
+    direction: Annotated[str | None, typer.Option(help="forward | forward+backward  [both]")] = None,
+    backends: Annotated[str | None, typer.Option(help="Ours: triton,mamba,torch  [those for the device]")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="public-hydra,cudnn,flash,efficient,math,flash-attn,varlen  [all]")
+    ] = None,
+    peer_path: PeerPath = None,
+    output: Output = Path("bench"),
+    device: Annotated[str | None, typer.Option(help="cuda | cpu  [the GPU where there is one]")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="One width, two lengths, few runs.")] = False,
+) -> None:
+    """The mixer, its scans and attention of the same width: time, memory, operations a second, differences."""
+    import torch
+
+    from hydra_kernels import BACKENDS
+    from hydra_scale.accelerator import choose_accelerator
+    from hydra_scale.bench.instrument import instrument_for
+    from hydra_scale.bench.kernels import PEERS, default_plan, run
+    from hydra_scale.bench.peers import Peers
+    from hydra_scale.bench.table import on_this_machine
+    from hydra_scale.bench.workload import DIRECTIONS
+    from hydra_scale.errors import ConfigError
+
+    accelerator = choose_accelerator(0)
+    place = torch.device(device or accelerator.device.type)
+    if place.type not in ("cpu", accelerator.device.type):
+        raise ConfigError(f"--device {device}: this machine has {accelerator.name}; give cpu, or leave it out")
+    for d_model in width or ():
+        if d_model < 64 or d_model % 64:
+            raise ConfigError(f"--width {d_model}: expected a multiple of 64, the width of a head")
+    plan = default_plan(place.type, quick=quick)
+    plan = replace(
+        plan,
+        tokens=tokens or plan.tokens,
+        seqlens=seqlen or plan.seqlens,
+        widths=width or plan.widths,
+        directions=_names("--direction", direction, DIRECTIONS, plan.directions),
+        backends=_names("--backends", backends, BACKENDS, plan.backends),
+        once=plan.once if backends is None else (),
+        peers=_names("--peers", peers, PEERS, plan.peers),
+    )
+    origin = on_this_machine(place, accelerator.name, "bf16")
+    _collect(run(plan, Peers(peer_path or ()), place, instrument_for(place)), output / "kernels.csv", origin)
+
+
+@bench.command()
+def training(
+    config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some.")],
+    seqlen: Seqlen = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 16384,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after three that are not.")] = 12,
+    peers: Annotated[str | None, typer.Option(help="public-hydra,bert  [both]")] = None,
+    peer_path: PeerPath = None,
+    output: Output = Path("bench"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
+    ] = None,
+) -> None:
+    """Whole optimizer steps of a configuration, beside BERT of its size and the public Hydra class."""
+    from hydra_scale.bench.instrument import instrument_for
+    from hydra_scale.bench.peers import Peers
+    from hydra_scale.bench.table import on_this_machine
+    from hydra_scale.bench.training import PEERS, SEQLENS, Plan, run
+    from hydra_scale.config_file import load_config
+    from hydra_scale.topology import joined
+
+    settings = load_config(config, overrides or [])
+    plan = Plan(settings, tokens, seqlen or SEQLENS, _names("--peers", peers, PEERS, PEERS), steps)
+    with joined(settings.parallel) as topology:
+        place, precision = topology.accelerator.device, settings.training.precision
+        origin = on_this_machine(place, topology.accelerator.name, precision)
+        rows = run(plan, Peers(peer_path or ()), topology, instrument_for(place))
+        _collect(rows, output / "training.csv", origin)
+
+
+def _names(option: str, value: str | None, choices: Sequence[str], default: Sequence[str]) -> Sequence[str]:
+    """The names between the commas; none for an empty value.
+
+    Raises:
+        ConfigError: one is not a choice.
+    """
+    from hydra_scale.errors import ConfigError
+
+    if value is None:
+        return default
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    for name in names:
+        if name not in choices:
+            raise ConfigError(f"{option} {name}: expected {', '.join(choices)}, or several with commas between them")
+    return names
+
+
+def _collect(groups: Iterator[list["Row"]], path: Path, origin: dict[str, Any]) -> None:
+    """Print and keep each group as it is measured, so that a run that is cut off leaves what it has; then plot."""
+    from rich.console import Console
+
+    from hydra_scale.bench.plot import plot
+    from hydra_scale.bench.table import print_table, write_csv
+
+    console, rows = Console(width=None if sys.stdout.isatty() else 140), list["Row"]()
+    console.print("  ".join(f"{key} {value}" for key, value in origin.items()))
+    for group in groups:
+        group = [replace(row, **origin) for row in group]
+        rows += group
+        write_csv(rows, path)
+        print_table(group, console)
+    typer.echo(f"written    {path}")
+    typer.echo(plot(rows, path.with_suffix(".svg")))

@@ -1,0 +1,261 @@
+"""The Triton kernels as differentiable functions: the scan alone, and all that lies between a mixer's projections."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .documents import token_borders
+from .triton_conv import conv_backward, conv_forward
+from .triton_language import check_device
+from .triton_norm import norm_backward, norm_forward
+from .triton_scan import ScanInputs, scan_backward, scan_forward
+
+_NO_LIMIT = (0.0, float("inf"))
+
+
+class _Scan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, chunk_size: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        ctx.chunk_size = chunk_size
+        ctx.save_for_backward(*tensors)
+        y_THP, final = scan_forward(_scan_inputs(chunk_size, *tensors))
+        return y_THP, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_y_THP: torch.Tensor, grad_final: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, ...]:
+        inputs = _scan_inputs(ctx.chunk_size, *ctx.saved_tensors)
+        ngroups, d_state = inputs.B_2TGN.shape[2:]
+        grad_x = torch.empty(inputs.x_THP.shape, dtype=grad_y_THP.dtype, device=grad_y_THP.device)
+        grad_steps = torch.empty(inputs.steps_2TH.shape, dtype=torch.float32, device=grad_y_THP.device)
+        vectors_TV = grad_x.new_empty(grad_x.shape[0], 4 * ngroups * d_state)
+        grads = scan_backward(inputs, grad_y_THP.contiguous(), grad_final, grad_x, grad_steps, vectors_TV)
+        grad_BC = vectors_TV.view(-1, 2, 2, ngroups, d_state).permute(1, 2, 0, 3, 4)
+        found = (grad_x, grad_steps, grads.A_H, grad_BC[:, 0], grad_BC[:, 1], grads.diagonal_TH)
+        edges = (grads.initial_2SHPN if inputs.initial_2SHPN is not None else None, grads.readout_2SGN)
+        return None, *_in_dtype_of(ctx.saved_tensors[:8], found + edges), None, None, None
+
+
+def _scan_inputs(chunk_size: int, *tensors: torch.Tensor | None) -> ScanInputs:
+    x, dt, A, B, C, diagonal, initial, readout, starts, ends, borders = tensors
+    assert x is not None and dt is not None and A is not None and B is not None and C is not None
+    assert starts is not None and ends is not None
+    return ScanInputs(
+        x, dt, A, B, C, diagonal, None, None, _NO_LIMIT, starts, ends, borders, initial, readout, chunk_size
+    )
+
+
+def triton_scan(
+    x_BLHP: torch.Tensor,
+    dt_2BLH: torch.Tensor,
+    A_H: torch.Tensor,
+    B_2BLGN: torch.Tensor,
+    C_2BLGN: torch.Tensor,
+    *,
+    diagonal_BLH: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    initial_states: torch.Tensor | None,
+    initial_readout: torch.Tensor | None,
+    return_final_states: bool,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `quasiseparable_scan`; the final states are absent unless asked for."""
+    check_device(x_BLHP)
+    batch, seqlen = x_BLHP.shape[:2]
+    cu_seqlens, starts, ends = token_borders(cu_seqlens, batch, seqlen, x_BLHP.device)
+    edges = return_final_states or initial_states is not None or initial_readout is not None
+    dtype = x_BLHP.dtype
+    y_THP, final = _Scan.apply(
+        chunk_size,
+        _rows(x_BLHP, 0),
+        _rows(dt_2BLH, 1),
+        A_H,
+        _rows(B_2BLGN.to(dtype), 1),
+        _rows(C_2BLGN.to(dtype), 1),
+        None if diagonal_BLH is None else _rows(diagonal_BLH, 0),
+        None if initial_states is None else initial_states.contiguous(),
+        None if initial_readout is None else initial_readout.contiguous(),
+        starts,
+        ends,
+        cu_seqlens if edges else None,
+    )
+    return y_THP.view(x_BLHP.shape), final
+
+
+def _in_dtype_of(
+    tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """The gradients as autograd wants them, each in its input's dtype."""
+    pairs = zip(tensors, gradients, strict=True)
+    return [None if tensor is None or gradient is None else gradient.to(tensor.dtype) for tensor, gradient in pairs]
+
+
+def _rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Batch and sequence as one dimension; a copy only where strides or a strided last dimension force one."""
+    flat = tensor.flatten(dim, dim + 1)
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+class _Conv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TC: torch.Tensor,
+        weight_C1K: torch.Tensor,
+        bias_C: torch.Tensor | None,
+        starts: torch.Tensor,
+        ends: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x_TC, weight_C1K, bias_C, starts, ends)
+        return conv_forward(x_TC, weight_C1K, bias_C, starts, ends)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TC, weight, bias, starts, ends = ctx.saved_tensors
+        grad_x_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
+        overwritten = grad_TC.clone(memory_format=torch.contiguous_format)
+        grad_weight, grad_bias = conv_backward(x_TC, weight, bias, starts, ends, overwritten, grad_x_TC)
+        return grad_x_TC, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None
+
+
+def triton_conv_silu(
+    x_BLC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
+    """As `depthwise_conv_silu`."""
+    batch, seqlen = x_BLC.shape[:2]
+    _, starts, ends = token_borders(cu_seqlens, batch, seqlen, x_BLC.device)
+    bias_C = None if bias_C is None else bias_C.contiguous()
+    return _Conv.apply(_rows(x_BLC, 0), weight_C1K.contiguous(), bias_C, starts, ends).view(x_BLC.shape)
+
+
+class _Mix(torch.autograd.Function):
+    """Convolution, diagonal, steps, scan and gated norm. Keeps its input and the scan's output; the rest is computed
+    again in the backward pass, which writes straight into the gradient of the projection."""
+
+    @staticmethod
+    def forward(ctx: Any, shape: "MixShape", projected_TE: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+        _, inputs = _mix_inputs(shape, projected_TE, *tensors)
+        y_TI = scan_forward(inputs)[0].flatten(1)
+        norm_weight = tensors[6]
+        assert norm_weight is not None
+        out_TI, inverse_T = norm_forward(y_TI, projected_TE[:, : shape.d_inner], norm_weight, shape.norm_eps)
+        ctx.shape = shape
+        ctx.save_for_backward(projected_TE, y_TI, inverse_T, *tensors)
+        return out_TI
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        shape: MixShape = ctx.shape
+        projected_TE, y_TI, inverse_T, *tensors = ctx.saved_tensors
+        conv_weight, conv_bias, _, _, _, fc_D_weight, norm_weight, init_states = tensors[:8]
+        d_inner, nheads = shape.d_inner, fc_D_weight.shape[0]
+        conv_TC, inputs = _mix_inputs(shape, projected_TE, *tensors)
+        grad_TE = torch.empty_like(projected_TE)
+        z_TI, conv_in_TC, _ = projected_TE.split(shape.widths, dim=1)
+        grad_z_TI, grad_conv_in_TC, grad_dt_TH = grad_TE.split(shape.widths, dim=1)
+        grad_y_TI = torch.empty_like(y_TI)
+        if grad_out_TI.stride(-1) != 1:
+            grad_out_TI = grad_out_TI.contiguous()
+        grad_norm = norm_backward(y_TI, z_TI, norm_weight, inverse_T, grad_out_TI, grad_y_TI, grad_z_TI)
+        grad_conv_TC = torch.empty_like(conv_TC)
+        grad_x_TI = grad_conv_TC[:, :d_inner]
+        grads = scan_backward(
+            inputs,
+            grad_y_TI.unflatten(1, (nheads, -1)),
+            None,
+            grad_x_TI.unflatten(1, (nheads, -1)),
+            grad_dt_TH.unflatten(1, (2, nheads)).transpose(0, 1),
+            grad_conv_TC[:, d_inner:],
+        )
+        assert grads.diagonal_TH is not None
+        grad_diagonal_TH = grads.diagonal_TH.to(projected_TE.dtype)
+        grad_x_TI.addmm_(grad_diagonal_TH, fc_D_weight.to(projected_TE.dtype))
+        grad_fc_D = grad_diagonal_TH.T @ conv_TC[:, :d_inner]
+        borders = (inputs.starts_T, inputs.ends_T)
+        grad_weight, grad_bias = conv_backward(
+            conv_in_TC, conv_weight, conv_bias, *borders, grad_conv_TC, grad_conv_in_TC
+        )
+        grad_init = None if grads.initial_2SHPN is None else grads.initial_2SHPN.sum((0, 1))
+        found: tuple[torch.Tensor | None, ...] = (
+            grad_weight,
+            None if conv_bias is None else grad_bias,
+            grads.bias_H,
+            grads.A_H,
+        )
+        found += (grads.diagonal_TH.sum(0), grad_fc_D, grad_norm, grad_init if init_states is not None else None)
+        return None, grad_TE, *_in_dtype_of(tensors[:8], found), None, None, None
+
+
+class MixShape:
+    """What `_Mix` needs beside tensors."""
+
+    def __init__(
+        self, d_inner: int, nheads: int, headdim: int, d_state: int, ngroups: int,
+        dt_limit: tuple[float, float], norm_eps: float, chunk_size: int,
+    ) -> None:  # fmt: skip
+        self.d_inner, self.headdim, self.d_state, self.ngroups = d_inner, headdim, d_state, ngroups
+        self.dt_limit, self.norm_eps, self.chunk_size = dt_limit, norm_eps, chunk_size
+        self.widths = [d_inner, d_inner + 4 * ngroups * d_state, 2 * nheads]
+
+
+def _mix_inputs(
+    shape: MixShape, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
+) -> tuple[torch.Tensor, ScanInputs]:
+    conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, _, init_states, starts, ends, cu_seqlens = tensors
+    assert conv_weight is not None and A_log is not None and fc_D_weight is not None
+    assert starts is not None and ends is not None and cu_seqlens is not None
+    nheads = fc_D_weight.shape[0]
+    _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
+    conv_TC = conv_forward(conv_in_TC, conv_weight, conv_bias, starts, ends)
+    x_TI = conv_TC[:, : shape.d_inner]
+    readers = conv_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
+    initial = None
+    if init_states is not None:
+        num_documents = cu_seqlens.numel() - 1
+        initial = init_states.expand(2, num_documents, -1, -1, -1).contiguous()
+    return conv_TC, ScanInputs(
+        x_THP=x_TI.unflatten(1, (nheads, shape.headdim)),
+        steps_2TH=dt_TH.unflatten(1, (2, nheads)).transpose(0, 1),
+        A_H=A_log,
+        B_2TGN=readers[:, 0],
+        C_2TGN=readers[:, 1],
+        diagonal_TH=torch.nn.functional.linear(x_TI, fc_D_weight.to(x_TI.dtype)),
+        D_H=D,
+        bias_H=dt_bias,
+        step_limit=shape.dt_limit,
+        starts_T=starts,
+        ends_T=ends,
+        borders=None if init_states is None else cu_seqlens,
+        initial_2SHPN=initial,
+        readout_2SGN=None,
+        chunk_size=shape.chunk_size,
+    )
+
+
+def triton_mix(
+    projected_BLE: torch.Tensor,
+    shape: MixShape,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    fc_D_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    init_states: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+) -> torch.Tensor:
+    """As `hydra_mix`."""
+    check_device(projected_BLE)
+    batch, seqlen = projected_BLE.shape[:2]
+    cu_seqlens, starts, ends = token_borders(cu_seqlens, batch, seqlen, projected_BLE.device)
+    weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
+    contiguous = (None if weight is None else weight.contiguous() for weight in weights)
+    out_TI = _Mix.apply(shape, _rows(projected_BLE, 0), *contiguous, starts, ends, cu_seqlens)
+    return out_TI.view(batch, seqlen, -1)

@@ -1,0 +1,268 @@
+"""The quasiseparable scan on Triton kernels: what is launched, forward and backward.
+
+All rows of a batch are laid end to end, documents one after the other, and chunks are cut at fixed places: a chunk may
+hold many documents, and rows whose length is no multiple of the chunk cost nothing. Only where states enter or leave
+documents (`edges`) does each chunk belong to one document.
+
+Shape letters: T tokens of all rows, H heads, G groups, P channels of a head, N state width, S documents, K chunks,
+R chunks of a segment; a leading 2 is (forward, backward).
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .triton_gradient import gradient_kernel, vectors_kernel
+from .triton_language import dot_precision, padded_width, triton
+from .triton_output import output_kernel
+from .triton_states import pass_kernel, sweep_kernel
+from .triton_steps import steps_backward_kernel, steps_kernel
+
+_SEGMENT_TOKENS = 1024
+_HEADS_OF_STEPS = 16
+_PROGRAMS_WANTED = 1024
+"""Heads of a group are shared out over so many programs that a GPU with 132 multiprocessors stays busy."""
+
+
+class ScanInputs(NamedTuple):
+    """What both passes read. Last dimensions are contiguous, all others may be strided."""
+
+    x_THP: torch.Tensor
+    steps_2TH: torch.Tensor
+    A_H: torch.Tensor
+    """Negative; the logarithm of -A where `bias_H` is given."""
+    B_2TGN: torch.Tensor
+    C_2TGN: torch.Tensor
+    diagonal_TH: torch.Tensor | None
+    D_H: torch.Tensor | None
+    bias_H: torch.Tensor | None
+    """Given: steps are raw, dt = clamp(softplus(steps + bias), step_limit). Absent: steps are dt."""
+    step_limit: tuple[float, float]
+    starts_T: torch.Tensor
+    ends_T: torch.Tensor
+    borders: torch.Tensor | None
+    """cu_seqlens (S + 1,): chunks end at documents, whose states may enter and leave."""
+    initial_2SHPN: torch.Tensor | None
+    readout_2SGN: torch.Tensor | None
+    chunk_size: int
+
+
+class _Chunks(NamedTuple):
+    size: int
+    num: int
+    num_segments: int
+    per_segment: int
+    starts: torch.Tensor | None
+    documents: torch.Tensor | None
+    num_documents: int
+
+
+class _States(NamedTuple):
+    local: torch.Tensor
+    prefix: torch.Tensor
+    entering: torch.Tensor
+    edges_2SHPN: torch.Tensor | None
+
+
+def _chunks(inputs: ScanInputs, largest: int) -> _Chunks:
+    num_tokens = inputs.x_THP.shape[0]
+    size = 1 << (max(16, min(largest, inputs.chunk_size)).bit_length() - 1)
+    starts = documents = None
+    num_documents = 1
+    if inputs.borders is None:
+        num = triton.cdiv(num_tokens, size)
+    else:
+        # As many chunks as any lengths could need: how many are used stays on the device.
+        num_documents = inputs.borders.numel() - 1
+        num = num_tokens // size + num_documents
+        lengths = inputs.borders.diff()
+        ends = ((lengths + size - 1) // size).cumsum(0)
+        chunk = torch.arange(num, device=ends.device)
+        documents = torch.searchsorted(ends, chunk, right=True).clamp_max(num_documents - 1)
+        first = chunk - (ends - (lengths + size - 1) // size)[documents]
+        starts = torch.where(chunk < ends[-1], inputs.borders[documents] + first * size, num_tokens).to(torch.int32)
+        documents = documents.to(torch.int32)
+    per_segment = max(1, _SEGMENT_TOKENS // size)
+    return _Chunks(size, num, triton.cdiv(num, per_segment), per_segment, starts, documents, num_documents)
+
+
+def _steps(inputs: ScanInputs, chunks: _Chunks) -> tuple[torch.Tensor, torch.Tensor]:
+    num_tokens, num_heads = inputs.x_THP.shape[:2]
+    dt = torch.empty(2, num_heads, num_tokens, dtype=torch.float32, device=inputs.x_THP.device)
+    cumulative = torch.empty_like(dt)
+    steps_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
+        inputs.steps_2TH, inputs.bias_H, inputs.A_H, inputs.starts_T, inputs.ends_T, chunks.starts, dt, cumulative,
+        num_tokens, num_heads, *inputs.steps_2TH.stride(), *inputs.step_limit,
+        Q=chunks.size, V=_HEADS_OF_STEPS, RAW=inputs.bias_H is not None, ALIGNED=chunks.starts is not None,
+    )  # fmt: skip
+    return dt, cumulative
+
+
+def _states(
+    inputs: ScanInputs,
+    chunks: _Chunks,
+    dt: torch.Tensor,
+    cumulative: torch.Tensor,
+    values_THP: torch.Tensor,
+    edges_in: torch.Tensor | None,
+    gradient: bool,
+) -> _States:
+    num_tokens, num_heads, headdim = inputs.x_THP.shape
+    vectors = inputs.C_2TGN if gradient else inputs.B_2TGN
+    num_groups, d_state = vectors.shape[2:]
+    aligned = chunks.starts is not None
+    empty = values_THP.new_empty
+    state = (num_heads, headdim, d_state)
+    local = empty(2, chunks.num, *state)
+    prefix = empty(2, chunks.num, num_heads, dtype=torch.float32)
+    total = empty(2, chunks.num_segments, *state, dtype=torch.float32)
+    total_decay = empty(2, chunks.num_segments, num_heads, dtype=torch.float32)
+    entering = empty(2, chunks.num_segments, *state)
+    edges_out = edge_decay = None
+    if aligned:
+        edges_out = empty(2, chunks.num_documents, *state, dtype=torch.float32)
+        edge_decay = empty(2, chunks.num_documents, num_heads, dtype=torch.float32)
+    sweep_kernel[(2 * num_heads, chunks.num_segments)](
+        values_THP, vectors, dt, cumulative, inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents,
+        edges_in, inputs.readout_2SGN, local, prefix, total, total_decay, edges_out, edge_decay,
+        num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
+        *values_THP.stride()[:2], *vectors.stride()[:3],
+        P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
+        R=chunks.per_segment, GRADIENT=gradient, ALIGNED=aligned, HAS_EDGE=edges_in is not None,
+        HAS_READOUT=inputs.readout_2SGN is not None, PRECISION=dot_precision(values_THP.dtype),
+        **_launch(values_THP.dtype),
+    )  # fmt: skip
+    block = min(1024, triton.next_power_of_2(headdim * d_state))
+    pass_kernel[(num_heads, 2, triton.cdiv(headdim * d_state, block))](
+        total, total_decay, entering, chunks.num_segments, num_heads,
+        ELEMENTS=headdim * d_state, BLOCK=block, GRADIENT=gradient,
+    )  # fmt: skip
+    if edges_out is not None and edge_decay is not None and chunks.starts is not None:
+        # What entered the segment in which a document's last chunk lies still has to reach the document's end.
+        assert inputs.borders is not None
+        lengths = inputs.borders.diff()
+        last = ((lengths + chunks.size - 1) // chunks.size).cumsum(0) - 1
+        first = torch.nn.functional.pad(last[:-1] + 1, (1, 0))
+        outer = (first, last) if gradient else (last, first)
+        came = torch.stack([entering[d].float()[chunk // chunks.per_segment] for d, chunk in enumerate(outer)])
+        edges_out = edges_out + edge_decay[..., None, None] * came
+    return _States(local, prefix, entering, edges_out)
+
+
+def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
+    """A divisor of the heads of a group; the same for the same shapes, so that sums are too."""
+    heads = num_heads // num_groups
+    while heads % 2 == 0 and chunks.num * (num_heads // heads) < _PROGRAMS_WANTED:
+        heads //= 2
+    return heads
+
+
+def scan_forward(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y (T, H, P), and with borders the final states (2, S, H, P, N) fp32."""
+    x_THP = inputs.x_THP
+    num_tokens, num_heads, headdim = x_THP.shape
+    num_groups, d_state = inputs.B_2TGN.shape[2:]
+    chunks = _chunks(inputs, _chunk_size(headdim, d_state, x_THP.dtype, backward=False))
+    dt, cumulative = _steps(inputs, chunks)
+    states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
+    heads = _heads_per_program(chunks, num_heads, num_groups)
+    output_kernel[(chunks.num, num_heads // heads)](
+        x_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H, inputs.readout_2SGN,
+        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, *states[:3], y_THP,
+        num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
+        *x_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
+        0 if inputs.diagonal_TH is None else inputs.diagonal_TH.stride(0), *y_THP.stride()[:2],
+        P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
+        R=chunks.per_segment, ALIGNED=chunks.starts is not None, HAS_READOUT=inputs.readout_2SGN is not None,
+        HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None,
+        HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
+        **_launch(x_THP.dtype),
+    )  # fmt: skip
+    return y_THP, states.edges_2SHPN
+
+
+class ScanGradients(NamedTuple):
+    """Gradients in fp32 but for x, steps and the vectors, which are written where and as the caller wants them."""
+
+    A_H: torch.Tensor
+    bias_H: torch.Tensor | None
+    diagonal_TH: torch.Tensor | None
+    initial_2SHPN: torch.Tensor | None
+    readout_2SGN: torch.Tensor | None
+
+
+def scan_backward(
+    inputs: ScanInputs,
+    grad_y_THP: torch.Tensor,
+    grad_final_2SHPN: torch.Tensor | None,
+    grad_x_THP: torch.Tensor,
+    grad_steps_2TH: torch.Tensor,
+    grad_vectors_TV: torch.Tensor,
+) -> ScanGradients:
+    """Writes the gradients of x, of the steps, and of [B forward, C forward, B backward, C backward] (T, 4 G N)."""
+    x_THP = inputs.x_THP
+    num_tokens, num_heads, headdim = x_THP.shape
+    num_groups, d_state = inputs.B_2TGN.shape[2:]
+    chunks = _chunks(inputs, _chunk_size(headdim, d_state, x_THP.dtype, backward=True))
+    dt, cumulative = _steps(inputs, chunks)
+    states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    grads = _states(inputs, chunks, dt, cumulative, grad_y_THP, grad_final_2SHPN, gradient=True)
+    heads = _heads_per_program(chunks, num_heads, num_groups)
+    num_parts = num_heads // num_groups // heads
+    width = num_groups * d_state
+    parts = torch.empty(num_parts, num_tokens, 4 * width, dtype=torch.float32, device=x_THP.device)
+    read, written = torch.empty_like(dt), torch.empty_like(dt)
+    passed = torch.zeros(2, chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
+    grad_diagonal = None
+    if inputs.diagonal_TH is not None:
+        grad_diagonal = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=x_THP.device)
+    aligned = chunks.starts is not None
+    gradient_kernel[(chunks.num, num_heads // heads)](
+        x_THP, grad_y_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H,
+        inputs.readout_2SGN, inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents,
+        *states[:3], *grads[:3], grad_x_THP, grad_diagonal, parts, read, written, passed,
+        num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
+        *x_THP.stride()[:2], *grad_y_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
+        0 if inputs.diagonal_TH is None else inputs.diagonal_TH.stride(0), *grad_x_THP.stride()[:2],
+        P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
+        R=chunks.per_segment, ALIGNED=aligned, HAS_READOUT=inputs.readout_2SGN is not None,
+        HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None,
+        HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
+        **_launch(x_THP.dtype),
+    )  # fmt: skip
+    grad_A = torch.zeros(chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
+    grad_bias = None if inputs.bias_H is None else torch.zeros_like(grad_A)
+    steps_backward_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
+        inputs.steps_2TH, inputs.bias_H, inputs.A_H, dt, read, written, passed, inputs.starts_T, inputs.ends_T,
+        chunks.starts, grad_steps_2TH, grad_A, grad_bias, num_tokens, chunks.num, num_heads,
+        *inputs.steps_2TH.stride(), *grad_steps_2TH.stride(), *inputs.step_limit,
+        Q=chunks.size, V=_HEADS_OF_STEPS, RAW=inputs.bias_H is not None, ALIGNED=aligned,
+    )  # fmt: skip
+    columns = min(64, triton.next_power_of_2(4 * width))
+    vectors_kernel[(triton.cdiv(num_tokens, 64), triton.cdiv(4 * width, columns))](
+        parts, inputs.starts_T, inputs.ends_T, grad_vectors_TV, num_tokens, grad_vectors_TV.stride(0),
+        PARTS=num_parts, WIDTH=width, COLUMNS=columns, Q=64,
+    )  # fmt: skip
+    grad_readout = None
+    if inputs.readout_2SGN is not None:
+        assert inputs.borders is not None
+        edges = torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))
+        reading = parts.sum(0).view(num_tokens, 2, 2, num_groups, d_state)[:, :, 1]
+        grad_readout = torch.stack([reading[edges[direction], direction] for direction in range(2)])
+    bias = None if grad_bias is None else grad_bias.sum(0)
+    return ScanGradients(grad_A.sum(0), bias, grad_diagonal, grads.edges_2SHPN, grad_readout)
+
+
+def _chunk_size(headdim: int, d_state: int, dtype: torch.dtype, backward: bool) -> int:
+    """Tokens of a chunk: more halve the states in memory and double the matrix; bounded by registers.
+
+    Measured on an H100 (`docs/performance.md`): with 64 tokens the gradient kernel spills and takes 1.5 times as long.
+    """
+    widest = max(padded_width(headdim), padded_width(d_state))
+    return 32 if backward or (dtype == torch.float32 and widest > 64) else 64
+
+
+def _launch(dtype: torch.dtype) -> dict[str, int]:
+    """fp32 tiles are too large for two to be under way in shared memory."""
+    return {"num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 1 if dtype == torch.float32 else 2}

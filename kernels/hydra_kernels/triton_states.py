@@ -1,0 +1,147 @@
+"""States at the edges of chunks: a sweep over the chunks of each segment, and a pass over the segments.
+
+A sweep carries the state through the chunks of one segment in registers, starting from zero, and writes what enters
+every chunk in the input's dtype, with the factor by which a state that enters the segment arrives there. The pass
+carries the fp32 states of the segments along. Who needs the state entering a chunk adds the two:
+local + prefix * entering. So neither chunk states in fp32 nor a second pass over all of them touch memory.
+
+The gradient of the states flows the other way: the same sweep with the output's gradient for x and C for B.
+"""
+
+from .triton_language import tl, triton
+from .triton_steps import chunk_bounds
+
+
+@triton.jit
+def sweep_kernel(
+    values, vectors, dt, cumulative, doc_start, doc_end, chunk_start, chunk_document, edge_in, readout,
+    local, prefix, total, total_decay, edge_out, edge_decay,
+    num_tokens, num_chunks, num_segments, num_documents, num_heads, heads_per_group,
+    stride_value_token, stride_value_head, stride_vector_direction, stride_vector_token, stride_vector_group,
+    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_EDGE: tl.constexpr, HAS_READOUT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One segment of R chunks, head and direction. Grid (2 H, num_segments).
+
+    GRADIENT: values is the gradient of the output, vectors is C, and what enters a chunk is the gradient of the state
+    that leaves it. ALIGNED: each chunk belongs to one document, whose state starts as edge_in (2, S, H, P, N), or zero,
+    and ends in edge_out, up to edge_decay times what enters the segment.
+    """
+    direction = tl.program_id(0) % 2
+    head = tl.program_id(0) // 2
+    segment = tl.program_id(1)
+    ascending = (direction == 0) != GRADIENT
+    group = head // heads_per_group
+    p, n = tl.arange(0, PP), tl.arange(0, NP)
+    inside_pn = (p < P)[:, None] & (n < N)[None, :]
+    tile = p[:, None] * N + n[None, :]
+    values += head * stride_value_head
+    vectors += direction * stride_vector_direction + group * stride_vector_group
+    dt += (direction * num_heads + head).to(tl.int64) * num_tokens
+    cumulative += (direction * num_heads + head).to(tl.int64) * num_tokens
+    state = tl.zeros((PP, NP), tl.float32)
+    decay = 1.0
+    for step in range(R):
+        chunk = segment * R + tl.where(ascending, step, R - 1 - step)
+        if ALIGNED:
+            chunk_exists = chunk < num_chunks
+            first, end = chunk_bounds(tl.minimum(chunk, num_chunks - 1), chunk_start, doc_end, num_tokens, Q, ALIGNED)
+            exists = chunk_exists & (first < end)
+            end = tl.where(exists, end, first)
+            document = tl.load(chunk_document + chunk, mask=exists, other=0)
+            at_start = exists & (first == tl.load(doc_start + first, mask=exists, other=-1))
+            at_end = exists & (end == tl.load(doc_end + first, mask=exists, other=-1))
+            enters = tl.where(ascending, at_start, at_end)
+            leaves = tl.where(ascending, at_end, at_start)
+            edge_place = ((direction * num_documents + document).to(tl.int64) * num_heads + head) * (P * N)
+            if HAS_EDGE:
+                entering = tl.load(edge_in + edge_place + tile, mask=inside_pn & enters, other=0.0).to(tl.float32)
+                state = tl.where(enters, entering, state)
+            else:
+                state = tl.where(enters, 0.0, state)
+            decay = tl.where(enters, 0.0, decay)
+        else:
+            first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
+            exists = first < end
+        place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
+        tl.store(local + place * (P * N) + tile, state.to(local.dtype.element_ty), mask=inside_pn & exists)
+        tl.store(prefix + place, decay, mask=exists)
+
+        token = first + tl.arange(0, Q)
+        live = token < end
+        edge = tl.where(direction == 0, end - 1, first)
+        edge_log = tl.load(cumulative + edge, mask=exists, other=0.0)
+        edge_start = tl.load(doc_start + edge, mask=exists, other=0)
+        edge_end = tl.load(doc_end + edge, mask=exists, other=0)
+        passes = tl.where(direction == 0, edge_start < first, edge_end > end) | ALIGNED
+        factor = tl.where(exists, tl.where(passes, tl.exp2(edge_log), 0.0), 1.0)
+        if GRADIENT:
+            start = tl.load(doc_start + token, mask=live, other=0)
+            stop = tl.load(doc_end + token, mask=live, other=0)
+            source = token + tl.where(direction == 0, -1, 1)
+            known = live & (source >= start) & (source < stop)
+            log_weight = tl.load(cumulative + source, mask=known & (source >= first) & (source < end), other=0.0)
+            reads = live & (tl.where(direction == 0, start < first, stop > end) | ALIGNED)
+            weight = tl.where(reads, tl.exp2(log_weight), 0.0)
+        else:
+            source = token
+            known = live
+            written = live & (token >= edge_start) & (token < edge_end)
+            log_weight = edge_log - tl.load(cumulative + token, mask=live, other=0.0)
+            weight = tl.where(written, tl.exp2(log_weight) * tl.load(dt + token, mask=live, other=0.0), 0.0)
+        value = tl.load(
+            values + token.to(tl.int64)[:, None] * stride_value_token + p[None, :],
+            mask=live[:, None] & (p < P)[None, :], other=0.0,
+        )  # fmt: skip
+        vector = tl.load(
+            vectors + source.to(tl.int64)[:, None] * stride_vector_token + n[None, :],
+            mask=known[:, None] & (n < N)[None, :], other=0.0,
+        )  # fmt: skip
+        if HAS_READOUT and GRADIENT:
+            num_groups = num_heads // heads_per_group
+            outside = ((direction * num_documents + document).to(tl.int64) * num_groups + group) * N
+            vector += tl.load(
+                readout + outside + n[None, :], mask=(live & ~known)[:, None] & (n < N)[None, :], other=0.0
+            ).to(vector.dtype)
+        weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
+        state = tl.dot(tl.trans(weighted), vector, state * factor, input_precision=PRECISION)
+        decay *= factor
+        if ALIGNED:
+            tl.store(edge_out + edge_place + tile, state, mask=inside_pn & leaves)
+            edge_slot = (direction * num_documents + document).to(tl.int64) * num_heads + head
+            tl.store(edge_decay + edge_slot, decay, mask=leaves)
+    place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
+    tl.store(total + place * (P * N) + tile, state, mask=inside_pn)
+    tl.store(total_decay + place, decay)
+
+
+@triton.jit
+def pass_kernel(
+    total, total_decay, entering, num_segments, num_heads,
+    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """Entering state of every segment from the segments' own. Grid (H, 2, ELEMENTS / BLOCK); ELEMENTS = P N."""
+    head, direction = tl.program_id(0), tl.program_id(1)
+    element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    ascending = (direction == 0) != GRADIENT
+    state = tl.zeros((BLOCK,), tl.float32)
+    step = 0
+    while step < num_segments:  # the interpreter cannot count to a number known at run time
+        segment = tl.where(ascending, step, num_segments - 1 - step)
+        place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
+        own = tl.load(total + place * ELEMENTS + element, mask=element < ELEMENTS, other=0.0)
+        tl.store(entering + place * ELEMENTS + element, state.to(entering.dtype.element_ty), mask=element < ELEMENTS)
+        state = state * tl.load(total_decay + place) + own
+        step += 1
+
+
+@triton.jit
+def load_state(local, prefix, entering, place, segment_place, tile, mask, ELEMENTS: tl.constexpr):
+    """The state entering a chunk, in the dtype of `local`: the segment's own plus what came into the segment."""
+    own = tl.load(local + place * ELEMENTS + tile, mask=mask, other=0.0)
+    factor = tl.load(prefix + place)
+    came = tl.load(
+        entering + segment_place * ELEMENTS + tile, mask=mask & (tl.broadcast_to(factor, mask.shape) > 0.0), other=0.0
+    )
+    return (own.to(tl.float32) + factor * came.to(tl.float32)).to(own.dtype)

@@ -1,0 +1,110 @@
+"""The Triton kernels, in the interpreter on a CPU and compiled on a GPU, against the recurrence token by token."""
+
+import pytest
+import torch
+from compare import assert_all_close, with_gradients
+from test_mixer import FILES, load
+from test_scan import borders, make_inputs
+
+from hydra_kernels import HydraMixer, depthwise_conv_silu, quasiseparable_scan, triton_scan
+
+FP32 = 1e-5
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a segment, so that states cross segments at small shapes."""
+    monkeypatch.setattr(triton_scan, "_SEGMENT_TOKENS", 32)
+
+
+def compare(
+    inputs: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None = None, return_final_states: bool = False
+) -> None:
+    found, expected = (
+        with_gradients(
+            lambda backend=backend, **values: quasiseparable_scan(
+                **values, cu_seqlens=cu_seqlens, return_final_states=return_final_states, chunk_size=16, backend=backend
+            ),
+            {name: tensor.to(dtype) for name, tensor in inputs.items()},
+        )
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    assert_all_close(found, expected, FP32, floor=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "nheads", "headdim", "ngroups", "d_state"),
+    [(1, 1, 1, 16, 1, 16), (2, 37, 4, 16, 2, 16), (1, 100, 2, 5, 1, 3), (1, 16, 3, 20, 3, 40)],
+    ids=str,
+)
+def test_rows(batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int) -> None:
+    compare(make_inputs(batch, seqlen, nheads, headdim, ngroups, d_state))
+
+
+@pytest.mark.parametrize("lengths", [[1], [1] * 5, [40, 1, 2, 35]], ids=str)
+@pytest.mark.parametrize("edges", [False, True], ids=["closed", "states in and out"])
+def test_packed(lengths: list[int], edges: bool) -> None:
+    inputs = make_inputs(1, sum(lengths), 2, 5, 1, 3, documents=len(lengths) if edges else 0)
+    compare(inputs, borders(lengths), return_final_states=edges)
+
+
+def test_documents_do_not_touch_each_other() -> None:
+    lengths, changed = [20, 5, 30], slice(20, 25)
+    inputs = {name: tensor.float() for name, tensor in make_inputs(1, 55, 2, 5, 1, 3).items()}
+    y = quasiseparable_scan(**inputs, cu_seqlens=borders(lengths), chunk_size=16, backend="triton")
+    for name in ("x_BLHP", "diagonal_BLH"):
+        inputs[name][:, changed] *= 1e4
+    for name in ("dt_2BLH", "B_2BLGN", "C_2BLGN"):
+        inputs[name][:, :, changed] *= 1e4
+    other = quasiseparable_scan(**inputs, cu_seqlens=borders(lengths), chunk_size=16, backend="triton")
+    assert torch.equal(y[:, :20], other[:, :20]) and torch.equal(y[:, 25:], other[:, 25:])
+
+
+@pytest.mark.parametrize("taps", [1, 3, 7])
+@pytest.mark.parametrize("lengths", [None, [9, 1, 2, 25]], ids=str)
+def test_convolution(taps: int, lengths: list[int] | None) -> None:
+    generator = torch.Generator().manual_seed(taps)
+    inputs = {
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        for name, shape in {"x_BLC": (1, 37, 130), "weight_C1K": (130, 1, taps), "bias_C": (130,)}.items()
+    }
+    cu_seqlens = None if lengths is None else borders(lengths)
+    found, expected = (
+        with_gradients(
+            lambda backend=backend, **values: depthwise_conv_silu(**values, cu_seqlens=cu_seqlens, backend=backend),
+            {name: tensor.to(dtype) for name, tensor in inputs.items()},
+        )
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    assert_all_close(found, expected, FP32)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if "long" not in path.stem], ids=lambda path: path.stem)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_golden_mixer(path: object, recompute: bool) -> None:
+    arguments, golden = load(path)
+    mixer = HydraMixer(**arguments, backend="triton", recompute=recompute)
+    mixer.load_state_dict({n.removeprefix("param."): t for n, t in golden.items() if n.startswith("param.")})
+    u = golden["input"].float().requires_grad_()
+    y = mixer(u)
+    y.backward(golden["grad_output"].float())
+    found = {"output": y.detach(), "grad_input": u.grad}
+    found |= {
+        f"grad.{name}": torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        for name, parameter in mixer.named_parameters()
+    }
+    assert_all_close(found, {name: golden[name] for name in found}, FP32, floor=1e-6)
+
+
+def test_two_backward_passes_are_bit_equal() -> None:
+    inputs = {name: tensor.float() for name, tensor in make_inputs(1, 70, 4, 16, 1, 16).items()}
+    first, second = (
+        with_gradients(lambda **values: quasiseparable_scan(**values, chunk_size=16, backend="triton"), inputs)
+        for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_fp64_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="fp32, bf16 and fp16"):
+        quasiseparable_scan(**make_inputs(1, 3), backend="triton")
