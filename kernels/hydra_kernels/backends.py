@@ -2,7 +2,7 @@
 
 import torch
 
-from . import triton_language
+from .triton_language import available, check_device
 
 BACKENDS = ("auto", "triton", "torch", "reference", "mamba")
 
@@ -14,9 +14,14 @@ def check_backend(backend: str) -> None:
 
 
 def resolve_backend(backend: str, tensor: torch.Tensor) -> str:
-    """`backend`, "auto" replaced: "triton" on CUDA where Triton is installed and takes the dtype, else "torch"."""
+    """`backend`, "auto" replaced: "triton" on CUDA where Triton is installed and takes the dtype, else "torch".
+
+    ValueError for an unknown backend, and for "triton" where its kernels cannot run: nothing else runs instead.
+    """
     check_backend(backend)
+    if backend == "triton":
+        check_device(tensor)
     if backend != "auto":
         return backend
-    fits = tensor.is_cuda and tensor.dtype != torch.float64 and triton_language.available
+    fits = tensor.is_cuda and tensor.dtype != torch.float64 and available
     return "triton" if fits else "torch"

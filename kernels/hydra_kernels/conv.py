@@ -5,7 +5,7 @@ import torch
 from .backends import resolve_backend
 from .documents import check_cu_seqlens
 from .reference import conv_silu
-from .triton_language import available, check_device
+from .triton_language import available
 
 if available:
     from .triton_autograd import triton_conv_silu
@@ -37,14 +37,12 @@ def depthwise_conv_silu(
         return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=cu_seqlens)
     if seqlen == 0:
         return torch.zeros_like(x_BLC)
+    if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, batch, seqlen)
     if backend == "triton":
-        check_device(x_BLC)
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, batch, seqlen)
         return triton_conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens)
     if cu_seqlens is None:
         return torch.nn.functional.silu(_convolve(x_BLC, weight_C1K, bias_C))
-    check_cu_seqlens(cu_seqlens, batch, seqlen)
     # Documents moved apart by K // 2 rows of zeros: then no tap reaches from one into another.
     gap = taps // 2
     place_L = torch.arange(seqlen, device=x_BLC.device)

@@ -18,7 +18,7 @@ from .documents import check_cu_seqlens, pad, unpad
 from .norm import gated_rms_norm
 from .precision import without_autocast, working_dtype
 from .scan import quasiseparable_scan
-from .triton_language import available, check_device
+from .triton_language import available
 
 if available:
     from .triton_autograd import MixShape, triton_mix
@@ -57,7 +57,6 @@ def hydra_mix(
     width = ngroups * d_state
     backend = resolve_backend(backend, projected_BLE)
     if backend == "triton" and projected_BLE.numel():
-        check_device(projected_BLE)
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, *projected_BLE.shape[:2])
         shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, chunk_size)

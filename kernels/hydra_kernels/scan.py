@@ -9,7 +9,7 @@ from .documents import check_cu_seqlens
 from .mamba_scan import mamba_scan
 from .precision import without_autocast, working_dtype
 from .reference import sequential_scan
-from .triton_language import available, check_device
+from .triton_language import available
 
 if available:
     from .triton_autograd import triton_scan
@@ -64,7 +64,7 @@ def quasiseparable_scan(
     has_edges = return_final_states or initial_states is not None or initial_readout is not None
     final_states: torch.Tensor | None
     with without_autocast(x_BLHP):
-        if backend == "triton" and x_BLHP.numel() and available:
+        if backend == "triton" and x_BLHP.numel():
             y_BLHP, final_states = triton_scan(
                 x_BLHP,
                 dt_2BLH,
@@ -78,8 +78,6 @@ def quasiseparable_scan(
                 return_final_states=return_final_states,
                 chunk_size=chunk_size,
             )
-        elif backend == "triton" and x_BLHP.numel():
-            check_device(x_BLHP)  # Triton is not installed: says so
         elif backend == "mamba":
             if has_edges or cu_seqlens is not None:
                 raise ValueError("backend 'mamba' takes unpacked rows without states; choose 'auto' for the others")

@@ -1,14 +1,13 @@
 """The Triton kernels as differentiable functions: the scan alone, and all that lies between a mixer's projections."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from .documents import token_borders
 from .triton_conv import conv_backward, conv_forward
-from .triton_language import check_device
 from .triton_norm import norm_backward, norm_forward
 from .triton_scan import ScanInputs, scan_backward, scan_forward
 
@@ -33,6 +32,7 @@ class _Scan(torch.autograd.Function):
         grad_x = torch.empty(inputs.x_THP.shape, dtype=grad_y_THP.dtype, device=grad_y_THP.device)
         grad_steps = torch.empty(inputs.steps_2TH.shape, dtype=torch.float32, device=grad_y_THP.device)
         vectors_TV = grad_x.new_empty(grad_x.shape[0], 4 * ngroups * d_state)
+        grad_final = None if grad_final is None else grad_final.contiguous()
         grads = scan_backward(inputs, grad_y_THP.contiguous(), grad_final, grad_x, grad_steps, vectors_TV)
         grad_BC = vectors_TV.view(-1, 2, 2, ngroups, d_state).permute(1, 2, 0, 3, 4)
         found = (grad_x, grad_steps, grads.A_H, grad_BC[:, 0], grad_BC[:, 1], grads.diagonal_TH)
@@ -64,7 +64,6 @@ def triton_scan(
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `quasiseparable_scan`; the final states are absent unless asked for."""
-    check_device(x_BLHP)
     batch, seqlen = x_BLHP.shape[:2]
     cu_seqlens, starts, ends = token_borders(cu_seqlens, batch, seqlen, x_BLHP.device)
     edges = return_final_states or initial_states is not None or initial_readout is not None
@@ -73,7 +72,7 @@ def triton_scan(
         chunk_size,
         _rows(x_BLHP, 0),
         _rows(dt_2BLH, 1),
-        A_H,
+        A_H.contiguous(),
         _rows(B_2BLGN.to(dtype), 1),
         _rows(C_2BLGN.to(dtype), 1),
         None if diagonal_BLH is None else _rows(diagonal_BLH, 0),
@@ -133,12 +132,30 @@ def triton_conv_silu(
     return _Conv.apply(_rows(x_BLC, 0), weight_C1K.contiguous(), bias_C, starts, ends).view(x_BLC.shape)
 
 
+class MixShape(NamedTuple):
+    """What `_Mix` needs beside tensors."""
+
+    d_inner: int
+    nheads: int
+    headdim: int
+    d_state: int
+    ngroups: int
+    dt_limit: tuple[float, float]
+    norm_eps: float
+    chunk_size: int
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns of the projection: gate, what the convolution takes, steps."""
+        return [self.d_inner, self.d_inner + 4 * self.ngroups * self.d_state, 2 * self.nheads]
+
+
 class _Mix(torch.autograd.Function):
     """Convolution, diagonal, steps, scan and gated norm. Keeps its input and the scan's output; the rest is computed
     again in the backward pass, which writes straight into the gradient of the projection."""
 
     @staticmethod
-    def forward(ctx: Any, shape: "MixShape", projected_TE: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Any, shape: MixShape, projected_TE: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
         _, inputs = _mix_inputs(shape, projected_TE, *tensors)
         y_TI = scan_forward(inputs)[0].flatten(1)
         norm_weight = tensors[6]
@@ -153,8 +170,8 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, grad_out_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         shape: MixShape = ctx.shape
         projected_TE, y_TI, inverse_T, *tensors = ctx.saved_tensors
-        conv_weight, conv_bias, _, _, _, fc_D_weight, norm_weight, init_states = tensors[:8]
-        d_inner, nheads = shape.d_inner, fc_D_weight.shape[0]
+        conv_weight, conv_bias, _, _, _, fc_D_weight, norm_weight, _ = tensors[:8]
+        d_inner, nheads = shape.d_inner, shape.nheads
         conv_TC, inputs = _mix_inputs(shape, projected_TE, *tensors)
         grad_TE = torch.empty_like(projected_TE)
         z_TI, conv_in_TC, _ = projected_TE.split(shape.widths, dim=1)
@@ -182,26 +199,9 @@ class _Mix(torch.autograd.Function):
             conv_in_TC, conv_weight, conv_bias, *borders, grad_conv_TC, grad_conv_in_TC
         )
         grad_init = None if grads.initial_2SHPN is None else grads.initial_2SHPN.sum((0, 1))
-        found: tuple[torch.Tensor | None, ...] = (
-            grad_weight,
-            None if conv_bias is None else grad_bias,
-            grads.bias_H,
-            grads.A_H,
-        )
-        found += (grads.diagonal_TH.sum(0), grad_fc_D, grad_norm, grad_init if init_states is not None else None)
+        grad_D = grads.diagonal_TH.sum(0)
+        found = (grad_weight, grad_bias, grads.bias_H, grads.A_H, grad_D, grad_fc_D, grad_norm, grad_init)
         return None, grad_TE, *_in_dtype_of(tensors[:8], found), None, None, None
-
-
-class MixShape:
-    """What `_Mix` needs beside tensors."""
-
-    def __init__(
-        self, d_inner: int, nheads: int, headdim: int, d_state: int, ngroups: int,
-        dt_limit: tuple[float, float], norm_eps: float, chunk_size: int,
-    ) -> None:  # fmt: skip
-        self.d_inner, self.headdim, self.d_state, self.ngroups = d_inner, headdim, d_state, ngroups
-        self.dt_limit, self.norm_eps, self.chunk_size = dt_limit, norm_eps, chunk_size
-        self.widths = [d_inner, d_inner + 4 * ngroups * d_state, 2 * nheads]
 
 
 def _mix_inputs(
@@ -210,7 +210,7 @@ def _mix_inputs(
     conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, _, init_states, starts, ends, cu_seqlens = tensors
     assert conv_weight is not None and A_log is not None and fc_D_weight is not None
     assert starts is not None and ends is not None and cu_seqlens is not None
-    nheads = fc_D_weight.shape[0]
+    nheads = shape.nheads
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
     conv_TC = conv_forward(conv_in_TC, conv_weight, conv_bias, starts, ends)
     x_TI = conv_TC[:, : shape.d_inner]
@@ -252,7 +252,6 @@ def triton_mix(
     cu_seqlens: torch.Tensor | None,
 ) -> torch.Tensor:
     """As `hydra_mix`."""
-    check_device(projected_BLE)
     batch, seqlen = projected_BLE.shape[:2]
     cu_seqlens, starts, ends = token_borders(cu_seqlens, batch, seqlen, projected_BLE.device)
     weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)

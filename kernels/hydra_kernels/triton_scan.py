@@ -24,6 +24,36 @@ _PROGRAMS_WANTED = 1024
 """Heads of a group are shared out over so many programs that a GPU with 132 multiprocessors stays busy."""
 
 
+class Settings(NamedTuple):
+    """Tokens of a chunk and, for each kernel, (num_warps, num_stages). A longer chunk halves the states in memory and
+    doubles the matrix; what fits is decided by registers and shared memory."""
+
+    forward_chunk: int
+    backward_chunk: int
+    sweep: tuple[int, int]
+    output: tuple[int, int]
+    gradient: tuple[int, int]
+
+
+def settings(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
+    """Fixed by shape and dtype: nothing is searched at the first step, and the same call always sums in one order."""
+    widest = max(padded_width(headdim), padded_width(d_state))
+    if dtype == torch.float32:
+        if widest > 64:
+            return Settings(32, 32, (4, 1), (8, 1), (8, 1))
+        return Settings(64, 32, (4, 3), (4, 3), (8, 2))
+    if (headdim, d_state) == (64, 64):
+        # With backward chunks of 64 the gradient kernel takes 1.5 times as long on an H100.
+        return Settings(64, 32, (4, 2), (4, 2), (4, 2))
+    if widest > 64:
+        return Settings(64, 32, (4, 3), (4, 3), (8, 2))
+    return Settings(128, 64, (4, 3), (8, 3), (8, 2))
+
+
+def _launch(warps_and_stages: tuple[int, int]) -> dict[str, int]:
+    return {"num_warps": warps_and_stages[0], "num_stages": warps_and_stages[1]}
+
+
 class ScanInputs(NamedTuple):
     """What both passes read. Last dimensions are contiguous, all others may be strided."""
 
@@ -55,6 +85,8 @@ class _Chunks(NamedTuple):
     starts: torch.Tensor | None
     documents: torch.Tensor | None
     num_documents: int
+    last_S: torch.Tensor | None
+    """Last chunk of each document."""
 
 
 class _States(NamedTuple):
@@ -67,7 +99,7 @@ class _States(NamedTuple):
 def _chunks(inputs: ScanInputs, largest: int) -> _Chunks:
     num_tokens = inputs.x_THP.shape[0]
     size = 1 << (max(16, min(largest, inputs.chunk_size)).bit_length() - 1)
-    starts = documents = None
+    starts = documents = last = None
     num_documents = 1
     if inputs.borders is None:
         num = triton.cdiv(num_tokens, size)
@@ -75,15 +107,19 @@ def _chunks(inputs: ScanInputs, largest: int) -> _Chunks:
         # As many chunks as any lengths could need: how many are used stays on the device.
         num_documents = inputs.borders.numel() - 1
         num = num_tokens // size + num_documents
-        lengths = inputs.borders.diff()
-        ends = ((lengths + size - 1) // size).cumsum(0)
-        chunk = torch.arange(num, device=ends.device)
-        documents = torch.searchsorted(ends, chunk, right=True).clamp_max(num_documents - 1)
-        first = chunk - (ends - (lengths + size - 1) // size)[documents]
-        starts = torch.where(chunk < ends[-1], inputs.borders[documents] + first * size, num_tokens).to(torch.int32)
+        last = ((inputs.borders.diff() + size - 1) // size).cumsum(0) - 1
+        chunk = torch.arange(num, device=last.device)
+        documents = torch.searchsorted(last, chunk).clamp_max(num_documents - 1)
+        chunk_of_document = chunk - _first_chunks(last)[documents]
+        start = inputs.borders[documents] + chunk_of_document * size
+        starts = torch.where(chunk <= last[-1], start, num_tokens).to(torch.int32)
         documents = documents.to(torch.int32)
     per_segment = max(1, _SEGMENT_TOKENS // size)
-    return _Chunks(size, num, triton.cdiv(num, per_segment), per_segment, starts, documents, num_documents)
+    return _Chunks(size, num, triton.cdiv(num, per_segment), per_segment, starts, documents, num_documents, last)
+
+
+def _first_chunks(last_S: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(last_S[:-1] + 1, (1, 0))
 
 
 def _steps(inputs: ScanInputs, chunks: _Chunks) -> tuple[torch.Tensor, torch.Tensor]:
@@ -130,20 +166,17 @@ def _states(
         P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
         R=chunks.per_segment, GRADIENT=gradient, ALIGNED=aligned, HAS_EDGE=edges_in is not None,
         HAS_READOUT=inputs.readout_2SGN is not None, PRECISION=dot_precision(values_THP.dtype),
-        **_launch(values_THP.dtype),
+        **_launch(settings(headdim, d_state, values_THP.dtype).sweep),
     )  # fmt: skip
     block = min(1024, triton.next_power_of_2(headdim * d_state))
     pass_kernel[(num_heads, 2, triton.cdiv(headdim * d_state, block))](
         total, total_decay, entering, chunks.num_segments, num_heads,
         ELEMENTS=headdim * d_state, BLOCK=block, GRADIENT=gradient,
     )  # fmt: skip
-    if edges_out is not None and edge_decay is not None and chunks.starts is not None:
+    if edges_out is not None and edge_decay is not None and chunks.last_S is not None:
         # What entered the segment in which a document's last chunk lies still has to reach the document's end.
-        assert inputs.borders is not None
-        lengths = inputs.borders.diff()
-        last = ((lengths + chunks.size - 1) // chunks.size).cumsum(0) - 1
-        first = torch.nn.functional.pad(last[:-1] + 1, (1, 0))
-        outer = (first, last) if gradient else (last, first)
+        first_S = _first_chunks(chunks.last_S)
+        outer = (first_S, chunks.last_S) if gradient else (chunks.last_S, first_S)
         came = torch.stack([entering[d].float()[chunk // chunks.per_segment] for d, chunk in enumerate(outer)])
         edges_out = edges_out + edge_decay[..., None, None] * came
     return _States(local, prefix, entering, edges_out)
@@ -162,7 +195,8 @@ def scan_forward(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor | None]
     x_THP = inputs.x_THP
     num_tokens, num_heads, headdim = x_THP.shape
     num_groups, d_state = inputs.B_2TGN.shape[2:]
-    chunks = _chunks(inputs, _chunk_size(headdim, d_state, x_THP.dtype, backward=False))
+    chosen = settings(headdim, d_state, x_THP.dtype)
+    chunks = _chunks(inputs, chosen.forward_chunk)
     dt, cumulative = _steps(inputs, chunks)
     states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
@@ -177,7 +211,7 @@ def scan_forward(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor | None]
         R=chunks.per_segment, ALIGNED=chunks.starts is not None, HAS_READOUT=inputs.readout_2SGN is not None,
         HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None,
         HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
-        **_launch(x_THP.dtype),
+        **_launch(chosen.output),
     )  # fmt: skip
     return y_THP, states.edges_2SHPN
 
@@ -204,7 +238,8 @@ def scan_backward(
     x_THP = inputs.x_THP
     num_tokens, num_heads, headdim = x_THP.shape
     num_groups, d_state = inputs.B_2TGN.shape[2:]
-    chunks = _chunks(inputs, _chunk_size(headdim, d_state, x_THP.dtype, backward=True))
+    chosen = settings(headdim, d_state, x_THP.dtype)
+    chunks = _chunks(inputs, chosen.backward_chunk)
     dt, cumulative = _steps(inputs, chunks)
     states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
     grads = _states(inputs, chunks, dt, cumulative, grad_y_THP, grad_final_2SHPN, gradient=True)
@@ -229,7 +264,7 @@ def scan_backward(
         R=chunks.per_segment, ALIGNED=aligned, HAS_READOUT=inputs.readout_2SGN is not None,
         HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None,
         HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
-        **_launch(x_THP.dtype),
+        **_launch(chosen.gradient),
     )  # fmt: skip
     grad_A = torch.zeros(chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
     grad_bias = None if inputs.bias_H is None else torch.zeros_like(grad_A)
@@ -252,17 +287,3 @@ def scan_backward(
         grad_readout = torch.stack([reading[edges[direction], direction] for direction in range(2)])
     bias = None if grad_bias is None else grad_bias.sum(0)
     return ScanGradients(grad_A.sum(0), bias, grad_diagonal, grads.edges_2SHPN, grad_readout)
-
-
-def _chunk_size(headdim: int, d_state: int, dtype: torch.dtype, backward: bool) -> int:
-    """Tokens of a chunk: more halve the states in memory and double the matrix; bounded by registers.
-
-    Measured on an H100 (`docs/performance.md`): with 64 tokens the gradient kernel spills and takes 1.5 times as long.
-    """
-    widest = max(padded_width(headdim), padded_width(d_state))
-    return 32 if backward or (dtype == torch.float32 and widest > 64) else 64
-
-
-def _launch(dtype: torch.dtype) -> dict[str, int]:
-    """fp32 tiles are too large for two to be under way in shared memory."""
-    return {"num_warps": 8 if dtype == torch.float32 else 4, "num_stages": 1 if dtype == torch.float32 else 2}

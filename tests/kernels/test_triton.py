@@ -60,6 +60,22 @@ def test_documents_do_not_touch_each_other() -> None:
     assert torch.equal(y[:, :20], other[:, :20]) and torch.equal(y[:, 25:], other[:, 25:])
 
 
+def test_gradients_and_inputs_of_any_stride() -> None:
+    inputs = make_inputs(1, 40, 2, 5, 1, 3, documents=2)
+
+    def summed(dtype: torch.dtype, backend: str) -> dict[str, torch.Tensor]:
+        leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
+        # a sum's gradient is one number with strides of 0; every second of twice as many is not contiguous
+        given = {name: leaf.repeat_interleave(2, dim=-1)[..., ::2] for name, leaf in leaves.items()}
+        outputs = quasiseparable_scan(
+            **given, cu_seqlens=borders([17, 23]), return_final_states=True, chunk_size=16, backend=backend
+        )
+        sum(output.sum() for output in outputs).backward()
+        return {name: leaf.grad for name, leaf in leaves.items()}
+
+    assert_all_close(summed(torch.float32, "triton"), summed(torch.float64, "reference"), FP32)
+
+
 @pytest.mark.parametrize("taps", [1, 3, 7])
 @pytest.mark.parametrize("lengths", [None, [9, 1, 2, 25]], ids=str)
 def test_convolution(taps: int, lengths: list[int] | None) -> None:
