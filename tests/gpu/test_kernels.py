@@ -1,0 +1,68 @@
+"""The compiled Triton kernels at the widths users ask for, in each dtype, against the recurrence in float64."""
+
+import pytest
+import torch
+from compare import assert_close
+from test_scan import borders, make_inputs
+
+from hydra_kernels import quasiseparable_scan
+
+pytestmark = pytest.mark.gpu
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+ROUNDED = ("x_BLHP", "B_2BLGN", "C_2BLGN")
+PACKED = [20, 300, 1, 129, 64, 100]
+
+
+def gradients(
+    inputs: dict[str, torch.Tensor], cu_seqlens: torch.Tensor | None, edges: bool, backend: str
+) -> dict[str, torch.Tensor]:
+    leaves = {name: tensor.detach().clone().requires_grad_() for name, tensor in inputs.items()}
+    found = quasiseparable_scan(**leaves, cu_seqlens=cu_seqlens, return_final_states=edges, backend=backend)
+    outputs = found if isinstance(found, tuple) else (found,)
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(y.shape, generator=generator).bfloat16().to(y.device, y.dtype) for y in outputs]
+    torch.autograd.backward(outputs, weights)
+    named = {f"output {index}": y for index, y in enumerate(outputs)}
+    # a lone token has no neighbour to read: no gradient at all, which is zero
+    grads = {name: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()}
+    return named | {f"gradient of {name}": grad for name, grad in grads.items()}
+
+
+def compare(
+    inputs: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    cu_seqlens: torch.Tensor | None = None,
+    edges: bool = False,
+) -> None:
+    given = {name: tensor.cuda().to(dtype if name in ROUNDED else torch.float32) for name, tensor in inputs.items()}
+    cu_seqlens = None if cu_seqlens is None else cu_seqlens.cuda()
+    expected = gradients({name: t.double() for name, t in given.items()}, cu_seqlens, edges, "reference")
+    found = gradients(given, cu_seqlens, edges, "triton")
+    for what, tensor in expected.items():
+        assert_close(found[what], tensor, TOLERANCES[dtype], what, floor=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "nheads", "headdim", "ngroups", "d_state"),
+    [(1, 1, 2, 32, 1, 32), (1, 1500, 4, 64, 1, 64), (7, 128, 8, 64, 1, 64), (2, 333, 4, 16, 2, 16),
+     (2, 700, 4, 64, 4, 64), (1, 515, 3, 48, 1, 96), (1, 777, 2, 128, 1, 128)],
+    ids=str,
+)  # fmt: skip
+def test_rows(
+    batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, d_state: int, dtype: torch.dtype
+) -> None:
+    compare(make_inputs(batch, seqlen, nheads, headdim, ngroups, d_state), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("edges", [False, True], ids=["closed", "states in and out"])
+def test_packed(edges: bool, dtype: torch.dtype) -> None:
+    documents = len(PACKED) if edges else 0
+    compare(make_inputs(1, sum(PACKED), 4, 64, 1, 64, documents=documents), dtype, borders(PACKED), edges)
+
+
+def test_two_backward_passes_are_bit_equal() -> None:
+    inputs = {name: tensor.cuda().bfloat16() for name, tensor in make_inputs(2, 5000, 8, 64, 1, 64).items()}
+    first, second = (gradients(inputs, None, False, "triton") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
