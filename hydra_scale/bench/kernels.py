@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_kernels import HydraMixer, quasiseparable_scan
+from hydra_kernels import Documents, HydraMixer, quasiseparable_scan
 from hydra_kernels.mamba_scan import mamba_scan
 from hydra_scale.bench import attention
 from hydra_scale.bench.flops import MixerShape, attention_flops, mixer_flops, scan_flops
@@ -133,7 +133,7 @@ class Inputs:
             "diagonal_BLH": self.draw(*rows, shape.nheads, dtype=fp32),
         }
 
-    def layer(self, module: nn.Module, **options: torch.Tensor | None) -> Workload:
+    def layer(self, module: nn.Module, **options: Documents | None) -> Workload:
         """A module's forward and backward pass on u, under autocast."""
 
         def compute() -> torch.Tensor:
@@ -176,6 +176,7 @@ def packed_cases(plan: Plan, peers: Peers, d_model: int, device: torch.device) -
     """Short documents laid end to end, and as many tokens in one document."""
     lengths = short_lengths(plan.tokens, _SEED)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    documents = Documents.of(cu_seqlens, 1, sum(lengths), device)  # checked once a batch, as in training
     longest = max(lengths)
     inputs, shape = Inputs(d_model, 1, plan.tokens, device), MixerShape(d_model)
     case = partial(Case, d_model=d_model, tokens=plan.tokens)
@@ -184,7 +185,7 @@ def packed_cases(plan: Plan, peers: Peers, d_model: int, device: torch.device) -
     cases = []
     for name in plan.backends:
         if name not in plan.once:
-            cases.append(packed(name, make=partial(_mixer, inputs, peers, name, cu_seqlens=cu_seqlens)))
+            cases.append(packed(name, make=partial(_mixer, inputs, peers, name, documents=documents)))
             cases.append(single(name, make=partial(_mixer, inputs, peers, name)))
     if "public-hydra" in plan.peers:
         cases.append(packed("public-hydra", make=_public_packed))
@@ -221,7 +222,7 @@ def _mixer(
     peers: Peers,
     backend: str,
     *,
-    cu_seqlens: torch.Tensor | None = None,
+    documents: Documents | None = None,
     recompute: bool = False,
 ) -> Workload:
     if backend == "mamba":
@@ -229,7 +230,7 @@ def _mixer(
     options: dict[str, Any] = {"recompute": True} if recompute else {}
     mixer = HydraMixer(inputs.d_model, chunk_size=_CHUNK_SIZE, backend=backend, device=inputs.device, **options)
     mixer.load_state_dict(inputs.mixer_state)
-    return inputs.layer(mixer, cu_seqlens=cu_seqlens)
+    return inputs.layer(mixer, cu_seqlens=documents)
 
 
 def _public_mixer(inputs: Inputs, peers: Peers, *, use_mem_eff_path: bool = False) -> Workload:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hydra_kernels import Documents
 from hydra_scale.bench.flops import BACKWARD_OVER_FORWARD, bert_flops, model_flops
 from hydra_scale.bench.instrument import Instrument, Timing, interleave
 from hydra_scale.bench.peers import Peers, attempt
@@ -178,9 +179,9 @@ class PublicMixer(nn.Module):
         names = dict(self.public.named_parameters())
         self.public.load_state_dict({name: value for name, value in ours.state_dict().items() if name in names})
 
-    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        """(T, D) -> (T, D); every document has max_seqlen tokens."""
-        return self.public(x_TD.unflatten(0, (-1, max_seqlen))).flatten(0, 1)
+    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """(T, D) -> (T, D); all documents have the same number of tokens."""
+        return self.public(x_TD.unflatten(0, (len(documents.lengths), -1))).flatten(0, 1)
 
 
 def bert_layers(num_layers: int) -> int:

@@ -47,8 +47,9 @@ class Batch:
     """int64 (S,), the document of each piece."""
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on `device`."""
+        """The batch with its tensors on `device`; borders stay on the host, where they are checked."""
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        del moved["cu_seqlens"]
         return replace(self, **moved)
 
 

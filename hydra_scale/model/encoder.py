@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from hydra_kernels import Documents
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.attention import Attention
 from hydra_scale.model.mixer import HydraLayerMixer
@@ -10,7 +11,7 @@ from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
 
 MIXERS = {"H": HydraLayerMixer, "A": Attention, "M": Mlp}
-"""Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, cu_seqlens, max_seqlen)."""
+"""Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, documents)."""
 
 
 class Layer(nn.Module):
@@ -22,11 +23,11 @@ class Layer(nn.Module):
         self.norm = make_norm(config, config.norm_eps)
         self._pre_norm = config.norm_position == "pre"
 
-    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
         """(T, D) -> (T, D)."""
         if self._pre_norm:
-            return x_TD + self.mixer(self.norm(x_TD), cu_seqlens, max_seqlen)
-        return self.norm(x_TD + self.mixer(x_TD, cu_seqlens, max_seqlen))
+            return x_TD + self.mixer(self.norm(x_TD), documents)
+        return self.norm(x_TD + self.mixer(x_TD, documents))
 
 
 class Encoder(nn.Module):
@@ -38,8 +39,8 @@ class Encoder(nn.Module):
         pre_norm = config.norm_position == "pre"
         self.final_norm = make_norm(config, config.embedding_norm_eps) if pre_norm else None
 
-    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
         """(T, D) -> (T, D), documents laid end to end."""
         for layer in self.layers:
-            x_TD = layer(x_TD, cu_seqlens, max_seqlen)
+            x_TD = layer(x_TD, documents)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
+from hydra_kernels import Documents
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.embedding import Embedding
 from hydra_scale.model.encoder import Encoder
@@ -23,8 +24,6 @@ class MaskedTokens(Protocol):
     def token_keys(self) -> torch.Tensor: ...
     @property
     def cu_seqlens(self) -> torch.Tensor: ...
-    @property
-    def max_seqlen(self) -> int: ...
     @property
     def masked_positions(self) -> torch.Tensor: ...
     @property
@@ -67,7 +66,7 @@ class MaskedLanguageModel(nn.Module):
     def hidden(self, batch: MaskedTokens) -> torch.Tensor:
         """Final vectors (T, D) of all tokens."""
         x_TD = self.embedding(batch.input_ids, batch.position_ids, batch.token_keys)
-        return self.encoder(x_TD, batch.cu_seqlens, batch.max_seqlen)
+        return self.encoder(x_TD, Documents.of(batch.cu_seqlens, 1, len(x_TD), x_TD.device))
 
     def logits(self, batch: MaskedTokens) -> torch.Tensor:
         """Scores (M, V) of every token at the masked positions."""

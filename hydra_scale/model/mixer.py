@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from hydra_kernels import hydra_mix
+from hydra_kernels import Documents, hydra_mix
 from hydra_scale.config import ModelConfig
 from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
 
@@ -36,8 +36,8 @@ class HydraLayerMixer(nn.Module):
         if mixer.learnable_init_states:
             self.init_states = nn.Parameter(torch.empty(nheads, mixer.headdim, mixer.d_state))
 
-    def forward(self, x_TD: torch.Tensor, cu_seqlens: torch.Tensor, max_seqlen: int) -> torch.Tensor:
-        """(T, D) -> (T, D); documents are rows cu_seqlens[i] to cu_seqlens[i + 1]."""
+    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
         mixer = self._mixer
         y_1TE = hydra_mix(
             self.in_proj(x_TD)[None],
@@ -54,7 +54,7 @@ class HydraLayerMixer(nn.Module):
             ngroups=mixer.ngroups,
             dt_limit=mixer.dt_limit,
             chunk_size=mixer.chunk_size,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=documents,
             backend=mixer.backend,
         )
         return self.out_proj(y_1TE[0])

@@ -30,11 +30,20 @@ class ColumnLinear(ColumnParallelLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool) -> None:
-        super().__init__(in_features, out_features, config=_layer_config(), init_method=_leave_uninitialised, bias=bias)
+        super().__init__(
+            in_features,
+            out_features,
+            config=_layer_config(),
+            init_method=_leave_uninitialised,
+            bias=bias,
+            skip_bias_add=True,
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product; megatron's second result, a bias left to the caller, is not used here."""
-        return super().forward(x)[0]
+        """In the dtype of autocast where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))  # megatron keeps its input for the backward pass as given
+        return _with_bias(*super().forward(x))
 
 
 class RowLinear(RowParallelLinear):
@@ -51,12 +60,16 @@ class RowLinear(RowParallelLinear):
             init_method=_leave_uninitialised,
             bias=bias,
             input_is_parallel=True,
-            skip_bias_add=False,
+            skip_bias_add=True,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product; megatron's second result, a bias left to the caller, is not used here."""
-        return super().forward(x)[0]
+        """In the dtype of autocast where that is on."""
+        return _with_bias(*super().forward(x))
+
+
+def _with_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return product if bias is None else product + bias.to(product.dtype)  # an fp32 bias would make it all fp32
 
 
 class WordEmbedding(VocabParallelEmbedding):

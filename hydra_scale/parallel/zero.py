@@ -6,6 +6,7 @@ moments lie. Everything that touches them is in `ZeroOptimizer.local_slices` and
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class ZeroOptimizer:
         """`groups` are AdamW parameter groups with their weight decay; every trainable parameter is in one."""
         self._parameters = dict(model.named_parameters())
         optimizer = torch.optim.AdamW(
-            groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps
+            groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
         )
         self._engine, *_ = import_deepspeed().initialize(
             model=model,
@@ -49,18 +50,20 @@ class ZeroOptimizer:
             mpu=_DataParallelUnit(topology),
         )
         self._zero = self._engine.optimizer
+        self._autocast = partial(topology.accelerator.autocast, config.training.precision)
         self._is_stage_3 = config.zero.stage == 3
         self._seed_state(0)
 
     @property
     def module(self) -> nn.Module:
-        """The model as called through the engine, which gathers split parameters under ZeRO 3."""
+        """The model as called through the engine: under autocast for bf16, split parameters gathered under ZeRO 3."""
         return self._engine
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
         """Add the gradients of `loss`; the `last` micro batch of a step completes their mean over the data ranks."""
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        with self._autocast():  # megatron's linear layers remember that of the forward pass on CUDA only
+            self._engine.backward(loss)
 
     def step(self, lr: float) -> float:
         """Clip, update with learning rate `lr`, forget the gradients; returns the norm before clipping."""
@@ -116,7 +119,7 @@ class ZeroOptimizer:
         inner = self._zero.optimizer
         for flat in self._flat_groups():
             inner.state[flat] = {
-                "step": torch.tensor(float(step), dtype=torch.float32),
+                "step": torch.tensor(float(step), dtype=torch.float32, device=flat.device),
                 **{moment: torch.zeros_like(flat) for moment in MOMENTS},
             }
         if not self._is_stage_3:
@@ -157,6 +160,12 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
             "contiguous_gradients": True,
             "overlap_comm": False,
             "round_robin_gradients": False,
+        },
+        # DeepSpeed would switch a surrounding autocast off. No module is named whose gradients may be reduced in bf16.
+        "torch_autocast": {
+            "enabled": config.training.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
         },
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**62,

@@ -27,10 +27,8 @@ def train_step(
     scale = topology.data_size / max(1, num_masked)
     sums = torch.zeros(2, dtype=torch.float64, device=device)
     for index, batch in enumerate(batches):
-        # backward stays inside: megatron's linear layers remember autocast for their backward on CUDA only
-        with topology.accelerator.autocast(config.training.precision):
-            loss, num_correct = optimizer.module(batch.to(device))
-            optimizer.backward(loss * scale, last=index == len(batches) - 1)
+        loss, num_correct = optimizer.module(batch.to(device))
+        optimizer.backward(loss * scale, last=index == len(batches) - 1)
         sums += torch.stack((loss.detach().double(), num_correct.double()))
     grad_norm = optimizer.step(lr)
     dist.all_reduce(sums, group=topology.data_group)

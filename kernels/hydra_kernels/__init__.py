@@ -2,12 +2,14 @@
 
 from .backends import BACKENDS
 from .conv import depthwise_conv_silu
+from .documents import Documents
 from .mixer import HydraMixer, hydra_mix
 from .norm import gated_rms_norm, sum_of_squares
 from .scan import quasiseparable_scan
 
 __all__ = [
     "BACKENDS",
+    "Documents",
     "HydraMixer",
     "depthwise_conv_silu",
     "gated_rms_norm",

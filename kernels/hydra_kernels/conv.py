@@ -3,7 +3,7 @@
 import torch
 
 from .backends import resolve_backend
-from .documents import check_cu_seqlens
+from .documents import Documents
 from .reference import conv_silu
 from .triton_language import available
 
@@ -16,7 +16,7 @@ def depthwise_conv_silu(
     weight_C1K: torch.Tensor,
     bias_C: torch.Tensor | None = None,
     *,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """silu(bias[c] + sum_k weight[c, k] x[t + k - K // 2, c]), zeros beyond both ends of a document.
@@ -33,21 +33,20 @@ def depthwise_conv_silu(
         raise ValueError(f"weight has {taps} taps; a centred convolution needs an odd number")
     if weight_C1K.shape != (num_channels, 1, taps):
         raise ValueError(f"weight has shape {tuple(weight_C1K.shape)}; expected {(num_channels, 1, taps)} to go with x")
+    documents = None if cu_seqlens is None else Documents.of(cu_seqlens, batch, seqlen, x_BLC.device)
     if backend == "reference":
-        return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=cu_seqlens)
+        return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=None if documents is None else documents.borders)
     if seqlen == 0:
         return torch.zeros_like(x_BLC)
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, batch, seqlen)
     if backend == "triton":
-        return triton_conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens)
-    if cu_seqlens is None:
+        return triton_conv_silu(x_BLC, weight_C1K, bias_C, documents or Documents.rows(batch, seqlen, x_BLC.device))
+    if documents is None:
         return torch.nn.functional.silu(_convolve(x_BLC, weight_C1K, bias_C))
     # Documents moved apart by K // 2 rows of zeros: then no tap reaches from one into another.
     gap = taps // 2
     place_L = torch.arange(seqlen, device=x_BLC.device)
-    place_L = place_L + gap * (torch.searchsorted(cu_seqlens, place_L, right=True) - 1)
-    apart = x_BLC.new_zeros(1, seqlen + gap * (cu_seqlens.numel() - 2), num_channels).index_copy(1, place_L, x_BLC)
+    place_L = place_L + gap * (torch.searchsorted(documents.borders, place_L, right=True) - 1)
+    apart = x_BLC.new_zeros(1, seqlen + gap * (len(documents.lengths) - 1), num_channels).index_copy(1, place_L, x_BLC)
     return torch.nn.functional.silu(_convolve(apart, weight_C1K, bias_C).index_select(1, place_L))
 
 

@@ -4,6 +4,7 @@
 """
 
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
@@ -71,21 +72,40 @@ def _present(attention_mask_BL: torch.Tensor, shape: torch.Size) -> torch.Tensor
     return attention_mask_BL != 0
 
 
-def token_borders(
-    cu_seqlens: torch.Tensor | None, batch: int, seqlen: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Borders of all documents (S + 1,), and the first token and the end of each token's document (T,) int32.
+class Documents(NamedTuple):
+    """Documents laid end to end in one row of T tokens: checked once, then given to every layer as `cu_seqlens`."""
 
-    With all rows end to end, T = batch * seqlen; without `cu_seqlens` each row is a document. Nothing is read on the
-    host: borders that `check_cu_seqlens` would refuse give wrong masks, never an access outside the input.
-    """
-    num_tokens = batch * seqlen
-    if cu_seqlens is None:
-        borders = torch.arange(batch + 1, device=device) * seqlen
-        starts = torch.arange(num_tokens, device=device, dtype=torch.int32)
-        starts = starts - starts % max(1, seqlen)
-        return borders, starts, starts + seqlen
-    borders = cu_seqlens.to(device)
-    token = torch.arange(num_tokens, device=device, dtype=borders.dtype)
-    document = torch.searchsorted(borders, token, right=True).clamp(1, max(1, borders.numel() - 1))
-    return borders, borders[document - 1].to(torch.int32), borders[document].to(torch.int32)
+    borders: torch.Tensor
+    """(S + 1,), on the device: document i is tokens borders[i] to borders[i + 1]."""
+    starts_T: torch.Tensor
+    """int32 (T,): first token of each token's document."""
+    ends_T: torch.Tensor
+    """int32 (T,): one behind its last."""
+    lengths: list[int]
+    """Tokens of each document, known on the host."""
+
+    @classmethod
+    def of(
+        cls, cu_seqlens: "torch.Tensor | Documents", batch: int, seqlen: int, device: torch.device | str
+    ) -> "Documents":
+        """Those of a (batch, seqlen) input. A tensor on the host costs no wait for the device; ValueError as
+        `check_cu_seqlens`, or for documents of another number of tokens."""
+        if isinstance(cu_seqlens, Documents):
+            if batch != 1 or cu_seqlens.starts_T.numel() != seqlen:
+                raise ValueError(
+                    f"documents of {cu_seqlens.starts_T.numel()} tokens are given with an input of shape "
+                    f"{(batch, seqlen)}; expected the documents' tokens end to end in one row"
+                )
+            return cu_seqlens
+        lengths = check_cu_seqlens(cu_seqlens, batch, seqlen)
+        borders = cu_seqlens.to(device, non_blocking=True)
+        token = torch.arange(seqlen, device=device, dtype=borders.dtype)
+        document = torch.searchsorted(borders, token, right=True)
+        return cls(borders, borders[document - 1].to(torch.int32), borders[document].to(torch.int32), lengths)
+
+    @classmethod
+    def rows(cls, batch: int, seqlen: int, device: torch.device | str) -> "Documents":
+        """Each row of a (batch, seqlen) input is a document, all rows laid end to end."""
+        starts_T = torch.arange(batch * seqlen, device=device, dtype=torch.int32)
+        starts_T = starts_T - starts_T % max(1, seqlen)
+        return cls(torch.arange(batch + 1, device=device) * seqlen, starts_T, starts_T + seqlen, [seqlen] * batch)

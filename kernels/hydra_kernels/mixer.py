@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .backends import resolve_backend
 from .conv import depthwise_conv_silu
-from .documents import check_cu_seqlens, pad, unpad
+from .documents import Documents, pad, unpad
 from .norm import gated_rms_norm
 from .precision import without_autocast, working_dtype
 from .scan import quasiseparable_scan
@@ -43,7 +43,7 @@ def hydra_mix(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     norm_eps: float = _NORM_EPS,
     chunk_size: int = 256,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """From the input projection's output (B, L, 2 I + 4 G N + 2 H) to the output projection's input (B, L, I).
@@ -56,15 +56,16 @@ def hydra_mix(
     nheads, d_inner = fc_D_weight.shape
     width = ngroups * d_state
     backend = resolve_backend(backend, projected_BLE)
+    batch, seqlen = projected_BLE.shape[:2]
+    documents = None if cu_seqlens is None else Documents.of(cu_seqlens, batch, seqlen, projected_BLE.device)
     if backend == "triton" and projected_BLE.numel():
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, *projected_BLE.shape[:2])
         shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, chunk_size)
         weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
         with without_autocast(projected_BLE):
-            return triton_mix(projected_BLE, shape, *weights, cu_seqlens)
+            rows = documents or Documents.rows(batch, seqlen, projected_BLE.device)
+            return triton_mix(projected_BLE, shape, *weights, rows)
     z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
-    conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=cu_seqlens, backend=backend)
+    conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=documents, backend=backend)
     x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
     Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
     diagonal_BLH = nn.functional.linear(x_BLI, fc_D_weight)
@@ -75,7 +76,7 @@ def hydra_mix(
         dt_2BLH = nn.functional.softplus(raw_2BLH).clamp(*dt_limit)
         diagonal_BLH = diagonal_BLH.to(dtype) + D.to(dtype)
         A_H = -torch.exp(A_log.to(dtype))
-    num_documents = projected_BLE.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    num_documents = batch if documents is None else len(documents.lengths)
     y_BLHP = quasiseparable_scan(
         x_BLI.unflatten(-1, (nheads, headdim)),
         dt_2BLH,
@@ -83,7 +84,7 @@ def hydra_mix(
         torch.stack((Bf, Bb)),
         torch.stack((Cf, Cb)),
         diagonal_BLH=diagonal_BLH,
-        cu_seqlens=cu_seqlens,
+        cu_seqlens=documents,
         initial_states=None if init_states is None else init_states.expand(2, num_documents, -1, -1, -1),
         chunk_size=chunk_size,
         backend=backend,
@@ -189,12 +190,12 @@ class HydraMixer(nn.Module):
     def forward(
         self,
         u_BLD: torch.Tensor,
-        cu_seqlens: torch.Tensor | None = None,
+        cu_seqlens: torch.Tensor | Documents | None = None,
         attention_mask: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """(batch, seqlen, d_model) to the same.
 
-        cu_seqlens: (num_documents + 1,) borders of documents laid end to end in a batch of 1.
+        cu_seqlens: (num_documents + 1,) borders of documents laid end to end in a batch of 1, or `Documents`.
         attention_mask: (batch, seqlen), 0 at padding, which may stand anywhere and gets zeros.
         Raises ValueError if both are given, or do not fit the input.
         """
@@ -205,14 +206,14 @@ class HydraMixer(nn.Module):
         tokens_1TD, cu_seqlens = unpad(u_BLD, attention_mask)
         return pad(self._mix_or_recompute(tokens_1TD, cu_seqlens), attention_mask)
 
-    def _mix_or_recompute(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def _mix_or_recompute(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | Documents | None) -> torch.Tensor:
         if not (self.recompute and torch.is_grad_enabled()):
             return self._mix(u_BLD, cu_seqlens)
         y_BLD = checkpoint(self._mix, u_BLD, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
         assert isinstance(y_BLD, torch.Tensor)
         return y_BLD
 
-    def _mix(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+    def _mix(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | Documents | None) -> torch.Tensor:
         y_BLI = hydra_mix(
             self.in_proj(u_BLD),
             conv_weight=self.conv1d.weight,

@@ -5,7 +5,7 @@ import torch
 from .backends import resolve_backend
 from .block_scan import block_scan
 from .blocks import BlockLayout, block_layout
-from .documents import check_cu_seqlens
+from .documents import Documents
 from .mamba_scan import mamba_scan
 from .precision import without_autocast, working_dtype
 from .reference import sequential_scan
@@ -25,7 +25,7 @@ def quasiseparable_scan(
     C_2BLGN: torch.Tensor,
     *,
     diagonal_BLH: torch.Tensor | None = None,
-    cu_seqlens: torch.Tensor | None = None,
+    cu_seqlens: torch.Tensor | Documents | None = None,
     initial_states: torch.Tensor | None = None,
     initial_readout: torch.Tensor | None = None,
     return_final_states: bool = False,
@@ -39,7 +39,8 @@ def quasiseparable_scan(
     B, C: (2, batch, seqlen, ngroups, d_state); head h uses group h // (nheads / ngroups).
     diagonal: (batch, seqlen, nheads), the diagonal of M; absent: 0.
     cu_seqlens: (num_documents + 1,) int32 or int64, borders of the documents laid end to end in a batch of 1; absent:
-        every row is a document. No document influences another, not even by rounding.
+        every row is a document. No document influences another, not even by rounding. `Documents.of` checks and copies
+        them once for many calls.
     initial_states: (2, S, nheads, headdim, d_state) for the S documents: the state that enters a document from its left
         (forward) and from its right (backward); absent: zeros.
     initial_readout: (2, S, ngroups, d_state): C of the token just outside, with which the first (forward) or last
@@ -59,7 +60,9 @@ def quasiseparable_scan(
     if chunk_size < 1:
         raise ValueError(f"chunk_size is {chunk_size}; expected at least 1")
     batch, seqlen = x_BLHP.shape[:2]
-    lengths = [seqlen] * batch if cu_seqlens is None else check_cu_seqlens(cu_seqlens, batch, seqlen)
+    device = x_BLHP.device
+    documents = None if cu_seqlens is None else Documents.of(cu_seqlens, batch, seqlen, device)
+    lengths = [seqlen] * batch if documents is None else documents.lengths
     _check_edges(initial_states, initial_readout, len(lengths), x_BLHP, B_2BLGN)
     has_edges = return_final_states or initial_states is not None or initial_readout is not None
     final_states: torch.Tensor | None
@@ -72,14 +75,14 @@ def quasiseparable_scan(
                 B_2BLGN,
                 C_2BLGN,
                 diagonal_BLH=diagonal_BLH,
-                cu_seqlens=cu_seqlens,
+                documents=documents or Documents.rows(batch, seqlen, device),
                 initial_states=initial_states,
                 initial_readout=initial_readout,
                 return_final_states=return_final_states,
                 chunk_size=chunk_size,
             )
         elif backend == "mamba":
-            if has_edges or cu_seqlens is not None:
+            if has_edges or documents is not None:
                 raise ValueError("backend 'mamba' takes unpacked rows without states; choose 'auto' for the others")
             y_BLHP = mamba_scan(
                 x_BLHP, dt_2BLH, A_H, B_2BLGN, C_2BLGN, diagonal_BLH=diagonal_BLH, chunk_size=chunk_size
@@ -93,7 +96,7 @@ def quasiseparable_scan(
                 B_2BLGN,
                 C_2BLGN,
                 diagonal_BLH=diagonal_BLH,
-                cu_seqlens=cu_seqlens,
+                cu_seqlens=None if documents is None else documents.borders,
                 initial_states=initial_states,
                 initial_readout=initial_readout,
             )

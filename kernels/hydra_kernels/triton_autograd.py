@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .documents import token_borders
+from .documents import Documents
 from .triton_conv import conv_backward, conv_forward
 from .triton_norm import norm_backward, norm_forward
 from .triton_scan import ScanInputs, scan_backward, scan_forward
@@ -57,15 +57,13 @@ def triton_scan(
     C_2BLGN: torch.Tensor,
     *,
     diagonal_BLH: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    documents: Documents,
     initial_states: torch.Tensor | None,
     initial_readout: torch.Tensor | None,
     return_final_states: bool,
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """As `quasiseparable_scan`; the final states are absent unless asked for."""
-    batch, seqlen = x_BLHP.shape[:2]
-    cu_seqlens, starts, ends = token_borders(cu_seqlens, batch, seqlen, x_BLHP.device)
     edges = return_final_states or initial_states is not None or initial_readout is not None
     dtype = x_BLHP.dtype
     y_THP, final = _Scan.apply(
@@ -78,9 +76,9 @@ def triton_scan(
         None if diagonal_BLH is None else _rows(diagonal_BLH, 0),
         None if initial_states is None else initial_states.contiguous(),
         None if initial_readout is None else initial_readout.contiguous(),
-        starts,
-        ends,
-        cu_seqlens if edges else None,
+        documents.starts_T,
+        documents.ends_T,
+        documents.borders if edges else None,
     )
     return y_THP.view(x_BLHP.shape), final
 
@@ -123,11 +121,10 @@ class _Conv(torch.autograd.Function):
 
 
 def triton_conv_silu(
-    x_BLC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None, cu_seqlens: torch.Tensor | None
+    x_BLC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None, documents: Documents
 ) -> torch.Tensor:
     """As `depthwise_conv_silu`."""
-    batch, seqlen = x_BLC.shape[:2]
-    _, starts, ends = token_borders(cu_seqlens, batch, seqlen, x_BLC.device)
+    starts, ends = documents.starts_T, documents.ends_T
     bias_C = None if bias_C is None else bias_C.contiguous()
     return _Conv.apply(_rows(x_BLC, 0), weight_C1K.contiguous(), bias_C, starts, ends).view(x_BLC.shape)
 
@@ -207,9 +204,9 @@ class _Mix(torch.autograd.Function):
 def _mix_inputs(
     shape: MixShape, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
 ) -> tuple[torch.Tensor, ScanInputs]:
-    conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, _, init_states, starts, ends, cu_seqlens = tensors
+    conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, _, init_states, borders, starts, ends = tensors
     assert conv_weight is not None and A_log is not None and fc_D_weight is not None
-    assert starts is not None and ends is not None and cu_seqlens is not None
+    assert starts is not None and ends is not None and borders is not None
     nheads = shape.nheads
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
     conv_TC = conv_forward(conv_in_TC, conv_weight, conv_bias, starts, ends)
@@ -217,7 +214,7 @@ def _mix_inputs(
     readers = conv_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
     initial = None
     if init_states is not None:
-        num_documents = cu_seqlens.numel() - 1
+        num_documents = borders.numel() - 1
         initial = init_states.expand(2, num_documents, -1, -1, -1).contiguous()
     return conv_TC, ScanInputs(
         x_THP=x_TI.unflatten(1, (nheads, shape.headdim)),
@@ -231,7 +228,7 @@ def _mix_inputs(
         step_limit=shape.dt_limit,
         starts_T=starts,
         ends_T=ends,
-        borders=None if init_states is None else cu_seqlens,
+        borders=None if init_states is None else borders,
         initial_2SHPN=initial,
         readout_2SGN=None,
         chunk_size=shape.chunk_size,
@@ -249,12 +246,10 @@ def triton_mix(
     fc_D_weight: torch.Tensor,
     norm_weight: torch.Tensor,
     init_states: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
+    documents: Documents,
 ) -> torch.Tensor:
     """As `hydra_mix`."""
-    batch, seqlen = projected_BLE.shape[:2]
-    cu_seqlens, starts, ends = token_borders(cu_seqlens, batch, seqlen, projected_BLE.device)
     weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
     contiguous = (None if weight is None else weight.contiguous() for weight in weights)
-    out_TI = _Mix.apply(shape, _rows(projected_BLE, 0), *contiguous, starts, ends, cu_seqlens)
-    return out_TI.view(batch, seqlen, -1)
+    out_TI = _Mix.apply(shape, _rows(projected_BLE, 0), *contiguous, *documents[:3])
+    return out_TI.view(*projected_BLE.shape[:2], -1)

@@ -1,4 +1,4 @@
-"""The output of a chunk: one matrix for both directions times the tokens, plus what is read of the entering states."""
+"""A chunk's own matrix, both directions and the diagonal at once, times its tokens, plus what the states bring."""
 
 from .triton_language import tl, triton
 from .triton_states import load_state
@@ -27,17 +27,23 @@ def load_readers(
 
 
 @triton.jit
-def output_kernel(
-    x, dt, cumulative, B, C, diagonal, D, readout, doc_start, doc_end, chunk_start, chunk_document,
-    local, prefix, entering, y,
+def apply_kernel(
+    values, x, dt, cumulative, B, C, diagonal, D, readout, doc_start, doc_end, chunk_start, chunk_document,
+    local, prefix, entering, out, grad_diagonal,
     num_tokens, num_chunks, num_segments, num_documents, num_heads, heads_per_group,
-    stride_x_token, stride_x_head, stride_B_direction, stride_B_token, stride_B_group,
-    stride_C_direction, stride_C_token, stride_C_group, stride_diagonal_token, stride_y_token, stride_y_head,
+    stride_value_token, stride_value_head, stride_x_token, stride_x_head,
+    stride_B_direction, stride_B_token, stride_B_group, stride_C_direction, stride_C_token, stride_C_group,
+    stride_diagonal_token, stride_out_token, stride_out_head,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HAS_DIAGONAL: tl.constexpr, HAS_D: tl.constexpr,
-    HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
+    HAS_D: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y of one chunk for some heads of a group. Grid (num_chunks, G * heads_per_group / HEADS)."""
+    """The sequence's matrix times values, for one chunk and some heads of a group.
+
+    Grid (num_chunks, G * heads_per_group / HEADS). values is x, states those that enter the chunk, read with C.
+    TRANSPOSED: values is the gradient of the output, states are the gradients of those that leave it, which B wrote to;
+    the result is the gradient of x, and grad_diagonal (T, H) fp32 that of the diagonal.
+    """
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
     if first >= end:
@@ -52,8 +58,6 @@ def output_kernel(
     stop = tl.load(doc_end + token, mask=live, other=0)
     left_known = live & (token > start)
     right_known = live & (token + 1 < stop)
-    reads_left = live & ((start < first) | ALIGNED)
-    reads_right = live & ((stop > end) | ALIGNED)
     num_groups = num_heads // heads_per_group
     outside = group.to(tl.int64) * N
     if HAS_READOUT:
@@ -75,6 +79,12 @@ def output_kernel(
     upper = (token[:, None] < token[None, :]) & (token[None, :] < stop[:, None]) & live[None, :]
     score = tl.where(lower, tl.dot(Cf, tl.trans(Bf), input_precision=PRECISION), 0.0)
     score = tl.where(upper, tl.dot(Cb, tl.trans(Bb), input_precision=PRECISION), score)
+    if TRANSPOSED:
+        touches_f = live & (token >= tl.load(doc_start + end - 1))
+        touches_b = live & (token < tl.load(doc_end + first))
+    else:
+        touches_f = live & ((start < first) | ALIGNED)
+        touches_b = live & ((stop > end) | ALIGNED)
     tile = p[:, None] * N + n[None, :]
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
     segment = chunk // R
@@ -98,17 +108,29 @@ def output_kernel(
             if HAS_D:
                 diagonal_Q += tl.load(D + head).to(tl.float32)
             matrix = tl.where(token[:, None] == token[None, :], diagonal_Q[:, None], matrix)
-        x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
+        value_QP = load_tile(values + head * stride_value_head, token, stride_value_token, live, p, P)
         place = chunk.to(tl.int64) * num_heads + head
         segment_place = segment.to(tl.int64) * num_heads + head
-        F = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
-        out = tl.dot(Cf, tl.trans(F), input_precision=PRECISION)
-        out *= tl.where(reads_left, tl.exp2(before_f), 0.0)[:, None]
+        state_f = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
         place += num_chunks * num_heads
         segment_place += num_segments * num_heads
-        F = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
-        right = tl.dot(Cb, tl.trans(F), input_precision=PRECISION)
-        out += right * tl.where(reads_right, tl.exp2(before_b), 0.0)[:, None]
-        out = tl.dot(matrix.to(x_QP.dtype), x_QP, out, input_precision=PRECISION)
-        target = token.to(tl.int64)[:, None] * stride_y_token + head * stride_y_head + p[None, :]
-        tl.store(y + target, out.to(y.dtype.element_ty), mask=live[:, None] & (p < P)[None, :])
+        state_b = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
+        if TRANSPOSED:
+            weight_f = dt_f * tl.exp2(tl.minimum(tl.load(cumulative + row + end - 1) - upto_f, 0.0))
+            weight_b = dt_b * tl.exp2(tl.minimum(tl.load(cumulative + other_row + first) - upto_b, 0.0))
+            out_f = tl.dot(Bf, tl.trans(state_f), input_precision=PRECISION)
+            out_b = tl.dot(Bb, tl.trans(state_b), input_precision=PRECISION)
+            matrix = tl.trans(matrix)
+        else:
+            weight_f, weight_b = tl.exp2(before_f), tl.exp2(before_b)
+            out_f = tl.dot(Cf, tl.trans(state_f), input_precision=PRECISION)
+            out_b = tl.dot(Cb, tl.trans(state_b), input_precision=PRECISION)
+        total = out_f * tl.where(touches_f, weight_f, 0.0)[:, None]
+        total += out_b * tl.where(touches_b, weight_b, 0.0)[:, None]
+        total = tl.dot(matrix.to(value_QP.dtype), value_QP, total, input_precision=PRECISION)
+        if TRANSPOSED and HAS_DIAGONAL:
+            x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
+            on_it = tl.sum(x_QP.to(tl.float32) * value_QP.to(tl.float32), 1)
+            tl.store(grad_diagonal + token.to(tl.int64) * num_heads + head, on_it, mask=live)
+        target = token.to(tl.int64)[:, None] * stride_out_token + head * stride_out_head + p[None, :]
+        tl.store(out + target, total.to(out.dtype.element_ty), mask=live[:, None] & (p < P)[None, :])

@@ -14,13 +14,13 @@ import torch
 
 from .triton_gradient import gradient_kernel, vectors_kernel
 from .triton_language import dot_precision, padded_width, triton
-from .triton_output import output_kernel
+from .triton_output import apply_kernel
 from .triton_states import pass_kernel, sweep_kernel
 from .triton_steps import steps_backward_kernel, steps_kernel
 
-_SEGMENT_TOKENS = 1024
+_SEGMENT_TOKENS = 2048
 _HEADS_OF_STEPS = 16
-_PROGRAMS_WANTED = 1024
+_PROGRAMS_WANTED = 256
 """Heads of a group are shared out over so many programs that a GPU with 132 multiprocessors stays busy."""
 
 
@@ -43,8 +43,7 @@ def settings(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
             return Settings(32, 32, (4, 1), (8, 1), (8, 1))
         return Settings(64, 32, (4, 3), (4, 3), (8, 2))
     if (headdim, d_state) == (64, 64):
-        # With backward chunks of 64 the gradient kernel takes 1.5 times as long on an H100.
-        return Settings(64, 32, (4, 2), (4, 2), (4, 2))
+        return Settings(64, 64, (4, 2), (4, 2), (4, 2))
     if widest > 64:
         return Settings(64, 32, (4, 3), (4, 3), (8, 2))
     return Settings(128, 64, (4, 3), (8, 3), (8, 2))
@@ -94,6 +93,8 @@ class _States(NamedTuple):
     prefix: torch.Tensor
     entering: torch.Tensor
     edges_2SHPN: torch.Tensor | None
+    of_gradient: bool
+    """These are gradients of states, swept the other way."""
 
 
 def _chunks(inputs: ScanInputs, largest: int) -> _Chunks:
@@ -179,7 +180,7 @@ def _states(
         outer = (first_S, chunks.last_S) if gradient else (chunks.last_S, first_S)
         came = torch.stack([entering[d].float()[chunk // chunks.per_segment] for d, chunk in enumerate(outer)])
         edges_out = edges_out + edge_decay[..., None, None] * came
-    return _States(local, prefix, entering, edges_out)
+    return _States(local, prefix, entering, edges_out, gradient)
 
 
 def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
@@ -190,29 +191,45 @@ def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
     return heads
 
 
+def _apply(
+    inputs: ScanInputs,
+    chunks: _Chunks,
+    dt: torch.Tensor,
+    cumulative: torch.Tensor,
+    values_THP: torch.Tensor,
+    states: _States,
+    out_THP: torch.Tensor,
+    grad_diagonal_TH: torch.Tensor | None,
+    launch: tuple[int, int],
+) -> None:
+    """out = matrix x; with `states` those of the backward pass, out = transposed matrix values, and the diagonal's."""
+    num_tokens, num_heads, headdim = values_THP.shape
+    num_groups, d_state = inputs.B_2TGN.shape[2:]
+    heads = _heads_per_program(chunks, num_heads, num_groups)
+    apply_kernel[(chunks.num, num_heads // heads)](
+        values_THP, inputs.x_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H,
+        inputs.readout_2SGN, inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, *states[:3], out_THP,
+        grad_diagonal_TH, num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads,
+        num_heads // num_groups, *values_THP.stride()[:2], *inputs.x_THP.stride()[:2],
+        *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
+        0 if inputs.diagonal_TH is None else inputs.diagonal_TH.stride(0), *out_THP.stride()[:2],
+        P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
+        R=chunks.per_segment, TRANSPOSED=states.of_gradient, ALIGNED=chunks.starts is not None,
+        HAS_READOUT=inputs.readout_2SGN is not None, HAS_DIAGONAL=inputs.diagonal_TH is not None,
+        HAS_D=inputs.D_H is not None, HEADS=heads, PRECISION=dot_precision(values_THP.dtype),
+        **_launch(launch),
+    )  # fmt: skip
+
+
 def scan_forward(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
     """y (T, H, P), and with borders the final states (2, S, H, P, N) fp32."""
     x_THP = inputs.x_THP
-    num_tokens, num_heads, headdim = x_THP.shape
-    num_groups, d_state = inputs.B_2TGN.shape[2:]
-    chosen = settings(headdim, d_state, x_THP.dtype)
+    chosen = settings(x_THP.shape[-1], inputs.B_2TGN.shape[-1], x_THP.dtype)
     chunks = _chunks(inputs, chosen.forward_chunk)
     dt, cumulative = _steps(inputs, chunks)
     states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
-    heads = _heads_per_program(chunks, num_heads, num_groups)
-    output_kernel[(chunks.num, num_heads // heads)](
-        x_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H, inputs.readout_2SGN,
-        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, *states[:3], y_THP,
-        num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
-        *x_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
-        0 if inputs.diagonal_TH is None else inputs.diagonal_TH.stride(0), *y_THP.stride()[:2],
-        P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
-        R=chunks.per_segment, ALIGNED=chunks.starts is not None, HAS_READOUT=inputs.readout_2SGN is not None,
-        HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None,
-        HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
-        **_launch(chosen.output),
-    )  # fmt: skip
+    _apply(inputs, chunks, dt, cumulative, x_THP, states, y_THP, None, chosen.output)
     return y_THP, states.edges_2SHPN
 
 
@@ -252,17 +269,16 @@ def scan_backward(
     grad_diagonal = None
     if inputs.diagonal_TH is not None:
         grad_diagonal = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=x_THP.device)
+    _apply(inputs, chunks, dt, cumulative, grad_y_THP, grads, grad_x_THP, grad_diagonal, chosen.output)
     aligned = chunks.starts is not None
-    gradient_kernel[(chunks.num, num_heads // heads)](
-        x_THP, grad_y_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H,
-        inputs.readout_2SGN, inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents,
-        *states[:3], *grads[:3], grad_x_THP, grad_diagonal, parts, read, written, passed,
+    gradient_kernel[(2 * chunks.num, num_heads // heads)](
+        x_THP, grad_y_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.readout_2SGN,
+        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, *states[:3], *grads[:3],
+        parts, read, written, passed,
         num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
         *x_THP.stride()[:2], *grad_y_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
-        0 if inputs.diagonal_TH is None else inputs.diagonal_TH.stride(0), *grad_x_THP.stride()[:2],
         P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
         R=chunks.per_segment, ALIGNED=aligned, HAS_READOUT=inputs.readout_2SGN is not None,
-        HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None,
         HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
         **_launch(chosen.gradient),
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from precision import dtypes_of_a_step, expected_dtypes
 from ranks import run_ranks
 from runs import ledger, rows, train
 
@@ -67,3 +68,11 @@ def test_training_learns(alone: dict[str, Path]) -> None:
         losses = rows(run, "loss")
         assert losses[-1] < losses[0] - 0.5
         assert max(rows(run, "grad_norm")) < 100
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_products_and_sums_are_in_the_precision_asked_for(precision: str, stage: int) -> None:
+    (seen,) = run_ranks(1, dtypes_of_a_step, stage, precision)
+    expected = expected_dtypes(precision)
+    assert {name: seen[name] for name in expected} == expected

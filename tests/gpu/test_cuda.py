@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from precision import dtypes_of_a_step, expected_dtypes
 from runs import TINY, ledger, rows, weights
 from safetensors import safe_open
 
@@ -72,6 +73,12 @@ def test_bf16_follows_fp32(corpus: Path, one_gpu: Path, tmp_path: Path) -> None:
     assert rows(half, "loss") == pytest.approx(rows(one_gpu, "loss"), rel=1e-2)
     assert rows(half, "grad_norm") == pytest.approx(rows(one_gpu, "grad_norm"), rel=5e-2)
     assert rows(half, "loss") != rows(one_gpu, "loss")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_products_and_sums_are_in_the_precision_asked_for(precision: str) -> None:
+    seen, expected = dtypes_of_a_step(1, precision), expected_dtypes(precision)
+    assert {name: seen[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
