@@ -213,7 +213,10 @@ class ParallelConfig(Section):
     tensor: PositiveInt = 1
     """Ranks that share each matrix."""
     context: PositiveInt = 1
-    """Ranks that share each sequence."""
+    """Ranks that share each micro batch, each holding a stretch of its tokens."""
+    exchange: Literal["gather", "neighbour"] = "gather"
+    """How states travel between context ranks: in one collective to all, or from neighbour to neighbour, which sends
+    less and takes more turns: the better for many ranks."""
     pipeline: PositiveInt = 1
     """Ranks that share the layers."""
     sequence: bool = False

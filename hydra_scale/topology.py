@@ -49,16 +49,43 @@ class ProcessEnvironment:
 
 
 @dataclass(frozen=True)
+class Context:
+    """The ranks among which each micro batch is divided, from left to right."""
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    exchange: str
+    """How states travel: "gather" all of them to all ranks in one collective, or "neighbour" from rank to rank."""
+
+    def neighbour(self, step: int) -> int | None:
+        """Global rank of the one `step` places to the right; absent beyond the ends."""
+        place = self.rank + step
+        return dist.get_global_rank(self.group, place) if 0 <= place < self.size else None
+
+    def stretch(self, num_tokens: int, rank: int | None = None) -> tuple[int, int]:
+        """First token and end of the stretch of a rank, this one unless given; lengths differ by at most one."""
+        place = self.rank if rank is None else rank
+        return place * num_tokens // self.size, (place + 1) * num_tokens // self.size
+
+
+@dataclass(frozen=True)
 class Topology:
     """Ranks and degrees of this process, and the groups it communicates in."""
 
     rank: int
     world_size: int
     accelerator: Accelerator
+    batch_rank: int
+    """Which share of the global batch is this rank's; context parallel ranks share one."""
+    batch_size: int
+    """Shares of the global batch."""
     data_rank: int
     data_size: int
     data_group: dist.ProcessGroup
-    """Data parallel ranks (with the context parallel ones, once there are any): gradients are averaged here."""
+    """Data and context parallel ranks, all that hold the same weights: gradients are averaged here."""
+    context: Context | None
+    """Among which ranks a micro batch is divided; absent: each holds its own."""
 
     @property
     def is_main(self) -> bool:
@@ -73,18 +100,26 @@ def check_layout(config: Config, world_size: int) -> None:
         ConfigError: a degree that this release does not have, or a batch that does not divide.
     """
     _refuse_degrees(config.parallel)
-    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
-    if batch % (micro * world_size):
-        lower, upper = batch // (micro * world_size), batch // (micro * world_size) + 1
-        nearest = " or ".join(str(n * micro * world_size) for n in (lower, upper) if n)
+    batch, micro, context = config.training.global_batch_size, config.training.micro_batch_size, config.parallel.context
+    if world_size % context:
+        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        nearest = sorted(sorted(divisors, key=lambda n: abs(n - context))[:2])
+        raise ConfigError(
+            f"parallel.context is {context}: does not divide the {world_size} processes;"
+            f" nearest: {' or '.join(map(str, nearest))}"
+        )
+    shares = world_size // context
+    if batch % (micro * shares):
+        lower, upper = batch // (micro * shares), batch // (micro * shares) + 1
+        nearest_batch = " or ".join(str(n * micro * shares) for n in (lower, upper) if n)
         raise ConfigError(
             f"training.global_batch_size is {batch}: not divisible by micro_batch_size {micro}"
-            f" x {world_size} data parallel ranks = {micro * world_size}; nearest: {nearest}"
+            f" x {shares} data parallel ranks = {micro * shares}; nearest: {nearest_batch}"
         )
 
 
 def _refuse_degrees(parallel: ParallelConfig) -> None:
-    for name in ("tensor", "context", "pipeline"):
+    for name in ("tensor", "pipeline"):
         if (degree := getattr(parallel, name)) != 1:
             raise ConfigError(
                 f"parallel.{name} is {degree}: this release computes with degree 1 only; set parallel.{name}=1"
@@ -131,7 +166,17 @@ def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta)
         rank=env.rank,
         world_size=env.world_size,
         accelerator=accelerator,
+        batch_rank=parallel_state.get_data_parallel_rank(),
+        batch_size=parallel_state.get_data_parallel_world_size(),
         data_rank=parallel_state.get_data_parallel_rank(with_context_parallel=True),
         data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        context=_context(parallel),
     )
+
+
+def _context(parallel: ParallelConfig) -> Context | None:
+    if parallel.context == 1:
+        return None
+    group, rank = parallel_state.get_context_parallel_group(), parallel_state.get_context_parallel_rank()
+    return Context(group, rank, parallel.context, parallel.exchange)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_kernels import Documents
 from hydra_scale.bench.flops import BACKWARD_OVER_FORWARD, bert_flops, model_flops
 from hydra_scale.bench.instrument import Instrument, Timing, interleave
 from hydra_scale.bench.peers import Peers, attempt
@@ -23,6 +22,7 @@ from hydra_scale.data.loader import Batch
 from hydra_scale.data.tokenizer import MASK_ID
 from hydra_scale.model.build import build_model, parameter_groups
 from hydra_scale.model.mixer import HydraLayerMixer
+from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.topology import Topology
 from hydra_scale.training.step import train_step
@@ -179,9 +179,9 @@ class PublicMixer(nn.Module):
         names = dict(self.public.named_parameters())
         self.public.load_state_dict({name: value for name, value in ours.state_dict().items() if name in names})
 
-    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D); all documents have the same number of tokens."""
-        return self.public(x_TD.unflatten(0, (len(documents.lengths), -1))).flatten(0, 1)
+        return self.public(x_TD.unflatten(0, (len(stretch.documents.lengths), -1))).flatten(0, 1)
 
 
 def bert_layers(num_layers: int) -> int:

@@ -86,7 +86,7 @@ class _row:
         self.input_ids = input_ids
         self.position_ids = self.token_keys = self.masked_positions = torch.arange(input_ids.numel())
         self.cu_seqlens = torch.tensor([0, input_ids.numel()], dtype=torch.int32)
-        self.max_seqlen = input_ids.numel()
+        self.first_token = 0
         self.targets = input_ids
 
 

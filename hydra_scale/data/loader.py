@@ -19,6 +19,7 @@ from hydra_scale.data.order import SequenceOrder
 from hydra_scale.data.shards import Split, TokenStore
 from hydra_scale.data.tokenizer import SEP_ID, Tokenizer
 from hydra_scale.errors import DataError
+from hydra_scale.topology import Topology
 
 _EVALUATION_SEED = 0
 _STEPS_AHEAD = 2
@@ -45,6 +46,27 @@ class Batch:
     num_sequences: int
     documents: torch.Tensor
     """int64 (S,), the document of each piece."""
+    first_token: int = 0
+    """Of a stretch of a batch: where it begins. `cu_seqlens` and the counts of pieces stay those of the whole."""
+
+    def on(self, topology: Topology) -> "Batch":
+        """What a rank holds of it, on its device: all, or its stretch under context parallelism."""
+        context = topology.context
+        here = self if context is None else self.stretch(*context.stretch(self.input_ids.numel()))
+        return here.to(topology.accelerator.device)
+
+    def stretch(self, first: int, end: int) -> "Batch":
+        """Tokens [first, end) and the masked positions among them, counted from `first`."""
+        begin, stop = torch.searchsorted(self.masked_positions, torch.tensor([first, end])).tolist()
+        return replace(
+            self,
+            first_token=first,
+            input_ids=self.input_ids[first:end],
+            position_ids=self.position_ids[first:end],
+            token_keys=self.token_keys[first:end],
+            masked_positions=self.masked_positions[begin:stop] - first,
+            targets=self.targets[begin:stop],
+        )
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch with its tensors on `device`; borders stay on the host, where they are checked."""

@@ -27,12 +27,13 @@ def evaluate(
     sums = torch.zeros(5, dtype=torch.float64)
     was_training = _set_training(model, False)
     for batch, counted in data.batches(
-        config.evaluation.sequences, config.training.micro_batch_size, topology.data_rank, topology.data_size
+        config.evaluation.sequences, config.training.micro_batch_size, topology.batch_rank, topology.batch_size
     ):
+        batch = batch.on(topology)
         with accelerator.autocast(config.training.precision):
-            loss, num_correct = model(batch.to(accelerator.device))
+            loss, num_correct = model(batch)
         if counted:
-            targets = batch.targets
+            targets = batch.targets.cpu()
             unigram_loss = -log_probability[targets].double().sum()
             unigram_correct = (targets == unigram.most_frequent).sum()
             values = (loss, num_correct, unigram_loss, unigram_correct, targets.numel())

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hydra_scale.config import Config
+from hydra_scale.config import Config, ParallelConfig
 from hydra_scale.data.loader import EvaluationData
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
@@ -23,7 +23,7 @@ def evaluate_run(run_dir: Path, data: Path, sequences: int | None = None) -> Mas
     run = RunFolder(run_dir)
     config = _with_evaluation(run.load_config(), data, sequences)
     held_out = EvaluationData(config.data, Tokenizer.load(run.tokenizer))
-    with joined(config.parallel) as topology:
+    with joined(ParallelConfig()) as topology:  # however the run was laid out, its weights are whole
         weights = run.newest_parameters()
         model = MaskedLanguageModel(config.model, weights["head.bias"].numel())
         model.load_state_dict(weights)

@@ -3,13 +3,17 @@
 import torch
 from torch import nn
 
-from hydra_kernels import Documents
 from hydra_scale.config import ModelConfig
+from hydra_scale.model.stretch import Stretch
+from hydra_scale.parallel.context import gather_rows
 from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
 
 
 class Attention(nn.Module):
-    """Multi-head attention over documents laid end to end; no document sees another."""
+    """Multi-head attention over documents laid end to end; no document sees another.
+
+    Under context parallelism keys and values of all ranks are gathered; queries stay where they are.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -17,18 +21,24 @@ class Attention(nn.Module):
         self.qkv = ColumnLinear(config.d_model, 3 * config.d_model, bias=True)
         self.out_proj = RowLinear(config.d_model, config.d_model, bias=True)
 
-    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        num_documents, max_seqlen = len(documents.lengths), max(documents.lengths)
+        q_TD, kv_TE = self.qkv(x_TD).tensor_split([x_TD.shape[1]], dim=1)
+        if stretch.context is not None:
+            kv_TE = gather_rows(kv_TE, stretch.first, stretch.num_tokens, stretch.context)
+        pieces = stretch.documents
+        num_pieces, longest = len(pieces.lengths), max(pieces.lengths)
         tokens = torch.arange(x_TD.shape[0], device=x_TD.device)
-        document_T = torch.searchsorted(documents.borders, tokens, right=True) - 1
-        place_T = document_T * max_seqlen + tokens - documents.starts_T
-
-        qkv_TE = self.qkv(x_TD)
-        padded = qkv_TE.new_zeros(num_documents * max_seqlen, qkv_TE.shape[1]).index_copy(0, place_T, qkv_TE)
-        q, k, v = padded.view(num_documents, max_seqlen, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        is_token = torch.arange(max_seqlen, device=x_TD.device) < documents.borders.diff()[:, None]
+        piece_T = torch.searchsorted(pieces.borders, tokens, right=True) - 1
+        place_T = piece_T * longest + tokens - pieces.starts_T
+        q_padded = q_TD.new_zeros(num_pieces * longest, q_TD.shape[1]).index_copy(0, place_T, q_TD)
+        key_SK, is_key_SK = stretch.keys
+        k, v = (self._heads(part) for part in kv_TE[key_SK].chunk(2, dim=-1))
+        q = self._heads(q_padded.view(num_pieces, longest, -1))
         # The filling reads its own document, so its softmax is defined; nothing reads the filling.
-        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=is_token[:, None, None, :])
-        y_TD = y.transpose(1, 2).reshape(num_documents * max_seqlen, -1).index_select(0, place_T)
+        y = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=is_key_SK[:, None, None, :])
+        y_TD = y.transpose(1, 2).reshape(num_pieces * longest, -1).index_select(0, place_T)
         return self.out_proj(y_TD)
+
+    def _heads(self, padded: torch.Tensor) -> torch.Tensor:
+        return padded.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

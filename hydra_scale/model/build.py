@@ -9,6 +9,7 @@ from hydra_scale.config import Config, OptimizerConfig
 from hydra_scale.errors import ConfigError
 from hydra_scale.model.initialise import initialise
 from hydra_scale.model.masked_lm import MaskedLanguageModel
+from hydra_scale.topology import Context
 
 _VOCAB_MULTIPLE = 64  # a whole number of tiles for the output product
 
@@ -30,9 +31,11 @@ def vocab_size_for(config: Config, tokenizer_size: int) -> int:
     return configured
 
 
-def build_model(config: Config, vocab_size: int, device: torch.device) -> MaskedLanguageModel:
+def build_model(
+    config: Config, vocab_size: int, device: torch.device, context: Context | None = None
+) -> MaskedLanguageModel:
     """The model of a run with its initial weights, in fp32, on its device."""
-    model = MaskedLanguageModel(config.model, vocab_size, dropout_key=config.training.seed)
+    model = MaskedLanguageModel(config.model, vocab_size, dropout_key=config.training.seed, context=context)
     initialise(model, config.model, config.training.seed)
     return model.to(device)
 

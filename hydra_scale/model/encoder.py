@@ -3,15 +3,15 @@
 import torch
 from torch import nn
 
-from hydra_kernels import Documents
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.attention import Attention
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
+from hydra_scale.model.stretch import Stretch
 
 MIXERS = {"H": HydraLayerMixer, "A": Attention, "M": Mlp}
-"""Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, documents)."""
+"""Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, stretch)."""
 
 
 class Layer(nn.Module):
@@ -23,11 +23,11 @@ class Layer(nn.Module):
         self.norm = make_norm(config, config.norm_eps)
         self._pre_norm = config.norm_position == "pre"
 
-    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D)."""
         if self._pre_norm:
-            return x_TD + self.mixer(self.norm(x_TD), documents)
-        return self.norm(x_TD + self.mixer(x_TD, documents))
+            return x_TD + self.mixer(self.norm(x_TD), stretch)
+        return self.norm(x_TD + self.mixer(x_TD, stretch))
 
 
 class Encoder(nn.Module):
@@ -39,8 +39,8 @@ class Encoder(nn.Module):
         pre_norm = config.norm_position == "pre"
         self.final_norm = make_norm(config, config.embedding_norm_eps) if pre_norm else None
 
-    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D), documents laid end to end."""
         for layer in self.layers:
-            x_TD = layer(x_TD, documents)
+            x_TD = layer(x_TD, stretch)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)

@@ -5,12 +5,14 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from hydra_kernels import Documents
 from hydra_scale.config import ModelConfig
+from hydra_scale.errors import ConfigError
 from hydra_scale.model.embedding import Embedding
 from hydra_scale.model.encoder import Encoder
 from hydra_scale.model.norm import LayerNorm
+from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.tensor import cross_entropy
+from hydra_scale.topology import Context
 
 
 class MaskedTokens(Protocol):
@@ -24,6 +26,8 @@ class MaskedTokens(Protocol):
     def token_keys(self) -> torch.Tensor: ...
     @property
     def cu_seqlens(self) -> torch.Tensor: ...
+    @property
+    def first_token(self) -> int: ...
     @property
     def masked_positions(self) -> torch.Tensor: ...
     @property
@@ -57,8 +61,12 @@ class MaskedLanguageModelHead(nn.Module):
 class MaskedLanguageModel(nn.Module):
     """Hydra encoder with a masked language model head; parameter names are the logical names of checkpoints."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, dropout_key: int = 0) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, dropout_key: int = 0, context: Context | None = None
+    ) -> None:
+        """`context`: the ranks among which each micro batch is divided; absent: it lies here whole."""
         super().__init__()
+        self._context, self._halo = context, config.mixer.d_conv // 2
         self.embedding = Embedding(config, vocab_size, dropout_key)
         self.encoder = Encoder(config)
         self.head = MaskedLanguageModelHead(config, vocab_size)
@@ -66,7 +74,15 @@ class MaskedLanguageModel(nn.Module):
     def hidden(self, batch: MaskedTokens) -> torch.Tensor:
         """Final vectors (T, D) of all tokens."""
         x_TD = self.embedding(batch.input_ids, batch.position_ids, batch.token_keys)
-        return self.encoder(x_TD, Documents.of(batch.cu_seqlens, 1, len(x_TD), x_TD.device))
+        first, borders = batch.first_token, tuple(batch.cu_seqlens.tolist())
+        needed = max(1, self._halo)
+        if self._context is not None and borders[-1] // self._context.size < needed:
+            raise ConfigError(
+                f"parallel.context is {self._context.size}: a micro batch of {borders[-1]} tokens leaves a rank fewer"
+                f" than the {needed} that its neighbour reads; raise training.micro_batch_size or data.seqlen"
+            )
+        stretch = Stretch(borders, first, first + len(x_TD), x_TD.device, self._context, self._halo)
+        return self.encoder(x_TD, stretch)
 
     def logits(self, batch: MaskedTokens) -> torch.Tensor:
         """Scores (M, V) of every token at the masked positions."""

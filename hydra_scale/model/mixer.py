@@ -1,11 +1,16 @@
 """The Hydra mixer as a layer of the encoder: megatron-core's linear layers around the operations of hydra_kernels."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from hydra_kernels import Documents, hydra_mix
+from hydra_kernels import gated_rms_norm, hydra_mix, quasiseparable_scan, scan_operands
 from hydra_scale.config import ModelConfig
+from hydra_scale.model.stretch import Stretch, at_open_ends, border_states
+from hydra_scale.parallel.context import exchange_states, with_halo
 from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
+from hydra_scale.topology import Context
 
 
 class HydraLayerMixer(nn.Module):
@@ -36,25 +41,57 @@ class HydraLayerMixer(nn.Module):
         if mixer.learnable_init_states:
             self.init_states = nn.Parameter(torch.empty(nheads, mixer.headdim, mixer.d_state))
 
-    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        mixer = self._mixer
-        y_1TE = hydra_mix(
+        if stretch.context is not None:
+            return self.out_proj(self._mix_with_neighbours(x_TD, stretch, stretch.context))
+        mixed_1TE = hydra_mix(
             self.in_proj(x_TD)[None],
-            conv_weight=self.conv1d.weight,
-            conv_bias=self.conv1d.bias,
-            dt_bias=self.dt_bias,
-            A_log=self.A_log,
-            D=self.D,
-            fc_D_weight=self.fc_D.weight,
+            **self._operands(),
             norm_weight=self.norm.weight,
             init_states=self.init_states,
-            headdim=mixer.headdim,
-            d_state=mixer.d_state,
-            ngroups=mixer.ngroups,
-            dt_limit=mixer.dt_limit,
-            chunk_size=mixer.chunk_size,
-            cu_seqlens=documents,
-            backend=mixer.backend,
+            chunk_size=self._mixer.chunk_size,
+            cu_seqlens=stretch.documents,
         )
-        return self.out_proj(y_1TE[0])
+        return self.out_proj(mixed_1TE[0])
+
+    def _mix_with_neighbours(self, x_TD: torch.Tensor, stretch: Stretch, context: Context) -> torch.Tensor:
+        """The same where documents go on on other ranks: rows for the convolution and states for the scan arrive."""
+        halo, backend = stretch.halo, self._mixer.backend
+        projected_1TE = self.in_proj(with_halo(x_TD, halo, context))[None]
+        wide = scan_operands(projected_1TE, **self._operands(), cu_seqlens=stretch.documents_with_halo)
+        here = slice(halo, halo + len(x_TD))
+        x, dt, B, C = wide.x_BLHP[:, here], wide.dt_2BLH[:, :, here], wide.B_2BLGN[:, :, here], wide.C_2BLGN[:, :, here]
+        own, decay, readout = border_states(x[0], dt[:, 0], wide.A_H, B[:, 0], C[:, 0], self.init_states, stretch)
+        entering, outside = exchange_states(own, decay, readout, context)
+        y_1THP = quasiseparable_scan(
+            x,
+            dt,
+            wide.A_H,
+            B,
+            C,
+            diagonal_BLH=wide.diagonal_BLH[:, here],
+            cu_seqlens=stretch.documents,
+            initial_states=at_open_ends(entering, self.init_states, stretch),
+            initial_readout=at_open_ends(outside, None, stretch),
+            chunk_size=self._mixer.chunk_size,
+            backend=backend,
+        )
+        assert isinstance(y_1THP, torch.Tensor)
+        return gated_rms_norm(y_1THP.flatten(2), wide.z_BLI[:, here], self.norm.weight)[0]
+
+    def _operands(self) -> dict[str, Any]:
+        mixer = self._mixer
+        return {
+            "conv_weight": self.conv1d.weight,
+            "conv_bias": self.conv1d.bias,
+            "dt_bias": self.dt_bias,
+            "A_log": self.A_log,
+            "D": self.D,
+            "fc_D_weight": self.fc_D.weight,
+            "headdim": mixer.headdim,
+            "d_state": mixer.d_state,
+            "ngroups": mixer.ngroups,
+            "dt_limit": mixer.dt_limit,
+            "backend": mixer.backend,
+        }

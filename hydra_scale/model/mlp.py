@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from hydra_kernels import Documents
 from hydra_scale.config import ModelConfig
+from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
 
 
@@ -17,6 +17,6 @@ class Mlp(nn.Module):
         self.up = ColumnLinear(config.d_model, width, bias=True)
         self.down = RowLinear(width, config.d_model, bias=True)
 
-    def forward(self, x_TD: torch.Tensor, documents: Documents) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D); documents do not matter here."""
         return self.down(nn.functional.gelu(self.up(x_TD)))

@@ -45,7 +45,7 @@ def _open(config: Config, run: RunFolder, topology: Topology) -> None:
 def _loop(
     config: Config, run: RunFolder, topology: Topology, data: TrainingData, held_out: EvaluationData, vocab_size: int
 ) -> None:
-    model = build_model(config, vocab_size, topology.accelerator.device)
+    model = build_model(config, vocab_size, topology.accelerator.device, topology.context)
     names = {name for name, _ in model.named_parameters()}
     optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
@@ -54,7 +54,7 @@ def _loop(
     if first_step >= config.training.steps:
         log.info("%s: has all %d steps already", run.path, config.training.steps)
 
-    num_steps, batch, ranks = config.training.steps, config.training, (topology.data_rank, topology.data_size)
+    num_steps, batch, ranks = config.training.steps, config.training, (topology.batch_rank, topology.batch_size)
 
     def ledger(step: int) -> str:
         return data.ledger_hash(step - 1, batch.global_batch_size)

@@ -17,17 +17,17 @@ def train_step(
     """Forward and backward of this rank's micro batches, one update.
 
     The loss of the global batch is (sum over its masked tokens) / (their number over all ranks): neither the number
-    of ranks nor of micro batches enters. DeepSpeed averages over the data ranks, hence the factor data_size.
+    of ranks nor of micro batches enters. DeepSpeed averages over data and context ranks, hence the factor data_size.
 
     Raises:
         NumericsFault: the loss or the gradient norm is not finite; the weights of this step must not be kept.
     """
-    device = topology.accelerator.device
+    batches = [batch.on(topology) for batch in batches]
     num_masked = int(sum_over_ranks([batch.targets.numel() for batch in batches], topology))
     scale = topology.data_size / max(1, num_masked)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=topology.accelerator.device)
     for index, batch in enumerate(batches):
-        loss, num_correct = optimizer.module(batch.to(device))
+        loss, num_correct = optimizer.module(batch)
         optimizer.backward(loss * scale, last=index == len(batches) - 1)
         sums += torch.stack((loss.detach().double(), num_correct.double()))
     grad_norm = optimizer.step(lr)
@@ -48,7 +48,7 @@ def train_step(
 
 
 def sum_over_ranks(values: list[int], topology: Topology) -> float:
-    """Sum of `values` and of those of the other data parallel ranks."""
+    """Sum of `values` and of those of the other data and context parallel ranks."""
     total = torch.tensor(float(sum(values)), dtype=torch.float64, device=topology.accelerator.device)
     dist.all_reduce(total, group=topology.data_group)
     return total.item()

@@ -1,9 +1,10 @@
 """The operations of the Hydra mixer, and the mixer itself. Needs torch only; usable without the rest of the project."""
 
 from .backends import BACKENDS
+from .border import state_after
 from .conv import depthwise_conv_silu
 from .documents import Documents
-from .mixer import HydraMixer, hydra_mix
+from .mixer import HydraMixer, hydra_mix, scan_operands
 from .norm import gated_rms_norm, sum_of_squares
 from .scan import quasiseparable_scan
 
@@ -15,5 +16,7 @@ __all__ = [
     "gated_rms_norm",
     "hydra_mix",
     "quasiseparable_scan",
+    "scan_operands",
+    "state_after",
     "sum_of_squares",
 ]

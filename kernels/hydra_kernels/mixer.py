@@ -6,7 +6,7 @@ dt_forward dt_backward: H each]; x and the Bs and Cs go through the convolution.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -54,7 +54,6 @@ def hydra_mix(
     autocast. The diagonal of a token and head is fc_D(x) + D. `cu_seqlens` are borders of documents in a batch of 1.
     """
     nheads, d_inner = fc_D_weight.shape
-    width = ngroups * d_state
     backend = resolve_backend(backend, projected_BLE)
     batch, seqlen = projected_BLE.shape[:2]
     documents = None if cu_seqlens is None else Documents.of(cu_seqlens, batch, seqlen, projected_BLE.device)
@@ -64,33 +63,78 @@ def hydra_mix(
         with without_autocast(projected_BLE):
             rows = documents or Documents.rows(batch, seqlen, projected_BLE.device)
             return triton_mix(projected_BLE, shape, *weights, rows)
-    z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
-    conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=documents, backend=backend)
-    x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
-    Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
-    diagonal_BLH = nn.functional.linear(x_BLI, fc_D_weight)
-
-    dtype = working_dtype(projected_BLE)
-    with without_autocast(projected_BLE):
-        raw_2BLH = torch.stack(dt_BLH.to(dtype).split(nheads, dim=-1)) + dt_bias.to(dtype)
-        dt_2BLH = nn.functional.softplus(raw_2BLH).clamp(*dt_limit)
-        diagonal_BLH = diagonal_BLH.to(dtype) + D.to(dtype)
-        A_H = -torch.exp(A_log.to(dtype))
+    scan = scan_operands(
+        projected_BLE,
+        conv_weight=conv_weight,
+        conv_bias=conv_bias,
+        dt_bias=dt_bias,
+        A_log=A_log,
+        D=D,
+        fc_D_weight=fc_D_weight,
+        headdim=headdim,
+        d_state=d_state,
+        ngroups=ngroups,
+        dt_limit=dt_limit,
+        cu_seqlens=documents,
+        backend=backend,
+    )
     num_documents = batch if documents is None else len(documents.lengths)
     y_BLHP = quasiseparable_scan(
-        x_BLI.unflatten(-1, (nheads, headdim)),
-        dt_2BLH,
-        A_H,
-        torch.stack((Bf, Bb)),
-        torch.stack((Cf, Cb)),
-        diagonal_BLH=diagonal_BLH,
+        *scan[1:6],
+        diagonal_BLH=scan.diagonal_BLH,
         cu_seqlens=documents,
         initial_states=None if init_states is None else init_states.expand(2, num_documents, -1, -1, -1),
         chunk_size=chunk_size,
         backend=backend,
     )
     assert isinstance(y_BLHP, torch.Tensor)  # no final states were asked for
-    return gated_rms_norm(y_BLHP.flatten(2), z_BLI, norm_weight, eps=norm_eps)
+    return gated_rms_norm(y_BLHP.flatten(2), scan.z_BLI, norm_weight, eps=norm_eps)
+
+
+class ScanOperands(NamedTuple):
+    """What the scan and the norm behind it read."""
+
+    z_BLI: torch.Tensor
+    x_BLHP: torch.Tensor
+    dt_2BLH: torch.Tensor
+    A_H: torch.Tensor
+    B_2BLGN: torch.Tensor
+    C_2BLGN: torch.Tensor
+    diagonal_BLH: torch.Tensor
+
+
+def scan_operands(
+    projected_BLE: torch.Tensor,
+    *,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    fc_D_weight: torch.Tensor,
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    cu_seqlens: torch.Tensor | Documents | None = None,
+    backend: str = "auto",
+) -> ScanOperands:
+    """The first half of `hydra_mix`, up to the scan: convolution, steps and diagonal. Arguments as there."""
+    nheads, d_inner = fc_D_weight.shape
+    width = ngroups * d_state
+    z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
+    conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=cu_seqlens, backend=backend)
+    x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
+    Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
+    diagonal_BLH = nn.functional.linear(x_BLI, fc_D_weight)
+    dtype = working_dtype(projected_BLE)
+    with without_autocast(projected_BLE):
+        raw_2BLH = torch.stack(dt_BLH.to(dtype).split(nheads, dim=-1)) + dt_bias.to(dtype)
+        dt_2BLH = nn.functional.softplus(raw_2BLH).clamp(*dt_limit)
+        diagonal_BLH = diagonal_BLH.to(dtype) + D.to(dtype)
+        A_H = -torch.exp(A_log.to(dtype))
+    x_BLHP = x_BLI.unflatten(-1, (nheads, headdim))
+    return ScanOperands(z_BLI, x_BLHP, dt_2BLH, A_H, torch.stack((Bf, Bb)), torch.stack((Cf, Cb)), diagonal_BLH)
 
 
 class HydraMixer(nn.Module):

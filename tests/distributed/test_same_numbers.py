@@ -10,6 +10,7 @@ from runs import ledger, rows, train
 STEPS = ["training.steps=10", "training.global_batch_size=8", "evaluation.every=5", "schedule.warmup_steps=3"]
 SETTINGS = {
     "packed": ["model.dropout=0.1", "optimizer.clip_norm=0.5"],
+    "initial-states": ["model.mixer.learnable_init_states=true", "model.mixer.ngroups=2", "model.mixer.d_conv=5"],
     "one-document-a-sequence": ["data.packing=false", "model.norm_position=pre", "model.norm=rmsnorm"],
     "hybrid": ["model.layer_pattern=HAM", "model.num_layers=3", "model.attention.num_heads=4",
                "model.position_embedding=learned", "data.masking.whole_word=true", "data.masking.kind=mask"],
@@ -26,26 +27,45 @@ def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return runs
 
 
-@pytest.mark.parametrize(
-    ("settings", "num_ranks", "stage", "micro_batch_size"),
-    [
-        ("packed", 4, 1, 2), ("packed", 4, 1, 1), ("packed", 2, 2, 2), ("packed", 4, 3, 1), ("packed", 1, 3, 2),
-        ("one-document-a-sequence", 4, 1, 2), ("one-document-a-sequence", 2, 3, 4),
-        ("hybrid", 4, 1, 1), ("hybrid", 2, 2, 4), ("hybrid", 2, 3, 2),
-    ],
-)  # fmt: skip
+LAYOUTS = [
+    # settings, ranks, sequences of a micro batch, what is said of the layout
+    ("packed", 4, 2, "zero.stage=1"),
+    ("packed", 4, 1, "zero.stage=1"),
+    ("packed", 2, 2, "zero.stage=2"),
+    ("packed", 4, 1, "zero.stage=3"),
+    ("packed", 1, 2, "zero.stage=3"),
+    ("one-document-a-sequence", 4, 2, "zero.stage=1"),
+    ("one-document-a-sequence", 2, 4, "zero.stage=3"),
+    ("hybrid", 4, 1, "zero.stage=1"),
+    ("hybrid", 2, 4, "zero.stage=2"),
+    ("hybrid", 2, 2, "zero.stage=3"),
+    ("packed", 2, 8, "parallel.context=2"),
+    ("packed", 4, 4, "parallel.context=4"),
+    ("packed", 4, 1, "parallel.context=4 parallel.exchange=neighbour"),
+    ("packed", 4, 2, "parallel.context=2 parallel.exchange=neighbour zero.stage=2"),
+    ("packed", 4, 1, "parallel.context=2 zero.stage=3"),
+    ("one-document-a-sequence", 2, 2, "parallel.context=2"),
+    ("one-document-a-sequence", 4, 8, "parallel.context=4 parallel.exchange=neighbour zero.stage=3"),
+    ("initial-states", 2, 4, "parallel.context=2"),
+    ("initial-states", 4, 2, "parallel.context=4 parallel.exchange=neighbour"),
+    ("hybrid", 2, 8, "parallel.context=2"),
+    ("hybrid", 4, 2, "parallel.context=4 zero.stage=2"),
+]
+
+
+@pytest.mark.parametrize(("settings", "num_ranks", "micro_batch_size", "layout"), LAYOUTS)
 def test_equal_to_one_process(
     corpus: Path,
     alone: dict[str, Path],
     tmp_path: Path,
     settings: str,
     num_ranks: int,
-    stage: int,
     micro_batch_size: int,
+    layout: str,
 ) -> None:
-    layout = [f"zero.stage={stage}", f"training.micro_batch_size={micro_batch_size}"]
+    overrides = [*layout.split(), f"training.micro_batch_size={micro_batch_size}"]
     run = tmp_path / "run"
-    run_ranks(num_ranks, train, run, [f"data.train={corpus}", *STEPS, *SETTINGS[settings], *layout])
+    run_ranks(num_ranks, train, run, [f"data.train={corpus}", *STEPS, *SETTINGS[settings], *overrides])
     for key, count in (("loss", 10), ("grad_norm", 10), ("masked_accuracy", 10), ("eval/loss", 2), ("tokens", 10)):
         found, expected = rows(run, key), rows(alone[settings], key)
         assert len(found) == count
@@ -76,3 +96,37 @@ def test_products_and_sums_are_in_the_precision_asked_for(precision: str, stage:
     (seen,) = run_ranks(1, dtypes_of_a_step, stage, precision)
     expected = expected_dtypes(precision)
     assert {name: seen[name] for name in expected} == expected
+
+
+def test_continues_under_another_layout(corpus: Path, tmp_path: Path) -> None:
+    settings = [f"data.train={corpus}", *STEPS, "model.dropout=0.1", "training.micro_batch_size=2"]
+    settings.append("schedule.kind=constant")  # so that the first runs, which end early, have the rates of the long one
+    run = tmp_path / "run"
+    layouts = [
+        (4, "parallel.context=4 parallel.exchange=neighbour", 3),
+        (2, "zero.stage=3", 5),
+        (4, "parallel.context=2 zero.stage=2", 8),
+        (1, "zero.stage=1", 10),
+    ]
+    for num_ranks, layout, steps in layouts:
+        run_ranks(num_ranks, train, run, [*settings, *layout.split(), f"training.steps={steps}"])
+    run_ranks(1, train, tmp_path / "one", settings)
+    assert ledger(run) == ledger(tmp_path / "one")
+    for key in ("loss", "grad_norm"):
+        assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5), key
+
+
+def a_batch_too_short(corpus: Path, run: Path) -> str:
+    from hydra_scale.errors import ConfigError
+
+    settings = [f"data.train={corpus}", "parallel.context=4", "data.seqlen=8", "training.micro_batch_size=1"]
+    try:
+        train(run, settings)
+    except ConfigError as error:
+        return str(error)
+    return "trained"
+
+
+def test_stretches_too_short_are_refused_by_all_ranks(corpus: Path, tmp_path: Path) -> None:
+    for message in run_ranks(4, a_batch_too_short, corpus, tmp_path / "run"):
+        assert "a micro batch of 8 tokens leaves a rank fewer than the 3 that its neighbour reads" in message

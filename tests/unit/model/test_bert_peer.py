@@ -70,7 +70,7 @@ def test_bert() -> None:
         position_ids=(mask.cumsum(-1) - 1)[mask],
         token_keys=places,
         cu_seqlens=torch.tensor([0, *LENGTHS]).cumsum(0).int(),
-        max_seqlen=max(LENGTHS),
+        first_token=0,
         masked_positions=places,
         targets=labels[mask],
     )

@@ -46,7 +46,7 @@ def test_logits_loss_and_all_gradients(path: Path, dtype: torch.dtype, tmp_path:
         position_ids=places % seqlen,
         token_keys=places,
         cu_seqlens=torch.arange(0, rows * seqlen + 1, seqlen),
-        max_seqlen=seqlen,
+        first_token=0,
         masked_positions=places,
         targets=golden["labels"].flatten(),
     )

@@ -1,0 +1,184 @@
+"""Context parallelism: each rank holds a stretch of every micro batch, and states, not tokens, travel between ranks.
+
+Rank r of W scans its stretch in both directions from what enters it. What it adds to a passing state is F_r, the decay
+of its whole stretch a_r, so E_{r+1} = F_r + a_r E_r enters the next rank, E_0 = 0, and the same leftwards for the
+backward scan. A document border inside a stretch sets a_r = 0 and cuts the chain. Gradients of E run the same chain the
+other way. The bytes are those of the states, whatever the sequence length (docs/parallelism.md).
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from hydra_scale.topology import Context
+
+_Message = tuple[int, torch.Tensor]
+"""A neighbour, -1 (left) or +1 (right), and what goes there or comes from there."""
+
+_BLOCKS = 4
+"""Parts in which the neighbour exchange sends the heads, so that a rank passes one on while the next arrives."""
+
+
+def _transfer(context: Context, sends: list[_Message], receives: list[_Message]) -> None:
+    """Send and receive at once; beyond the ends nothing happens."""
+    operations = []
+    for operation, pairs in ((dist.isend, sends), (dist.irecv, receives)):
+        for step, tensor in pairs:
+            if (peer := context.neighbour(step)) is not None:
+                operations.append(dist.P2POp(operation, tensor, peer, context.group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+
+
+def swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the left neighbour sent to the right and the right one to the left; zeros beyond the ends. One shape."""
+    to_left, to_right = to_left.contiguous(), to_right.contiguous()
+    from_left, from_right = torch.zeros_like(to_right), torch.zeros_like(to_left)
+    _transfer(context, [(-1, to_left), (1, to_right)], [(-1, from_left), (1, from_right)])
+    return from_left, from_right
+
+
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
+        ctx.width, ctx.context = width, context
+        from_left, from_right = swap(context, x_TD[:width], x_TD[-width:])
+        return torch.cat((from_left, x_TD, from_right))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        width = ctx.width
+        from_left, from_right = swap(ctx.context, grad[:width], grad[-width:])
+        grad_x = grad[width:-width].clone()
+        grad_x[:width] += from_left
+        grad_x[-width:] += from_right
+        return grad_x, None, None
+
+
+def with_halo(x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
+    """(T, D) with the `width` rows that stand before and after it on the neighbours, zeros beyond the ends.
+
+    Every rank holds at least `width` rows. Returns (T + 2 width, D).
+    """
+    if width == 0:
+        return x_TD
+    return _Halo.apply(x_TD, width, context)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, own: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        entering, (from_left, from_right) = _chain(own, decay, readout[1], readout[0], context)
+        ctx.context = context
+        ctx.save_for_backward(decay, entering)
+        return entering, torch.stack((from_left, from_right))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_entering: torch.Tensor, grad_readout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        decay, entering = ctx.saved_tensors
+        # the other way round: what was carried right comes back from the right
+        grad_own, (from_left, from_right) = _chain(
+            grad_entering.flip(0), decay.flip(0), grad_readout[0], grad_readout[1], ctx.context
+        )
+        grad_own = grad_own.flip(0)
+        return grad_own, (grad_own * entering).sum((2, 3)), torch.stack((from_right, from_left)), None
+
+
+def exchange_states(
+    own_2HPN: torch.Tensor, decay_2H: torch.Tensor, readout_2GN: torch.Tensor, context: Context
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States (2, H, P, N) and read-out vectors (2, G, N) that enter this rank's stretch: forward from the left,
+    backward from the right.
+
+    own, decay: what this rank adds to a passing state, and that state's decay; zeros where a document border lies.
+    readout: C of the last token, which the right neighbour reads forward with, and of the first, for the left one.
+    """
+    return _Exchange.apply(own_2HPN, decay_2H, readout_2GN, context)
+
+
+def _chain(
+    own: torch.Tensor, decay: torch.Tensor, to_left: torch.Tensor, to_right: torch.Tensor, context: Context
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """E_{r+1} = own_r[0] + decay_r[0] E_r along the ranks, and with [1] against them; vectors to both neighbours."""
+    if context.exchange == "gather":
+        return _chain_by_gather(own, decay, to_left, to_right, context)
+    return _chain_by_neighbours(own, decay, context), swap(context, to_left, to_right)
+
+
+def _chain_by_gather(
+    own: torch.Tensor, decay: torch.Tensor, to_left: torch.Tensor, to_right: torch.Tensor, context: Context
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    parts = (own, decay, to_left, to_right)
+    message = torch.cat([part.flatten().to(own.dtype) for part in parts])
+    gathered = message.new_empty(context.size, message.numel())
+    dist.all_gather_into_tensor(gathered.view(-1), message, group=context.group)
+    of_rank = [
+        [flat.view(part.shape) for flat, part in zip(row.split([part.numel() for part in parts]), parts, strict=True)]
+        for row in gathered
+    ]
+    entering = torch.zeros_like(own)
+    for direction, ranks in enumerate((range(context.rank), range(context.size - 1, context.rank, -1))):
+        for rank in ranks:
+            added, factor = of_rank[rank][0][direction], of_rank[rank][1][direction]
+            entering[direction] = added + factor[:, None, None] * entering[direction]
+    left = of_rank[context.rank - 1][3] if context.rank else torch.zeros_like(to_right)
+    right = of_rank[context.rank + 1][2] if context.rank + 1 < context.size else torch.zeros_like(to_left)
+    return entering, (left.to(to_right.dtype), right.to(to_left.dtype))
+
+
+def _chain_by_neighbours(own: torch.Tensor, decay: torch.Tensor, context: Context) -> torch.Tensor:
+    """Block b of the heads leaves the rank at distance s from its direction's start in turn s + b."""
+    entering = torch.zeros_like(own)
+    blocks = [b for b in range(_BLOCKS) if b * own.shape[1] // _BLOCKS < (b + 1) * own.shape[1] // _BLOCKS]
+    distance = (context.rank, context.size - 1 - context.rank)
+
+    def heads(block: int) -> slice:
+        return slice(block * own.shape[1] // _BLOCKS, (block + 1) * own.shape[1] // _BLOCKS)
+
+    for turn in range(context.size - 1 + len(blocks) - 1):
+        sends, receives, arrived = [], [], []
+        for direction, onward in enumerate((1, -1)):
+            leaving, coming = turn - distance[direction], turn - distance[direction] + 1
+            if 0 <= leaving < len(blocks):
+                part = heads(blocks[leaving])
+                passing = decay[direction, part, None, None] * entering[direction, part]
+                sends.append((onward, own[direction, part] + passing))
+            if 0 <= coming < len(blocks) and distance[direction] > 0:
+                buffer = torch.empty_like(own[direction, heads(blocks[coming])])
+                receives.append((-onward, buffer))
+                arrived.append((direction, heads(blocks[coming]), buffer))
+        _transfer(context, sends, receives)
+        for direction, part, buffer in arrived:
+            entering[direction, part] = buffer
+    return entering
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TE: torch.Tensor, first: int, num_rows: int, context: Context) -> torch.Tensor:
+        ctx.context, ctx.rows = context, slice(first, first + len(x_TE))
+        lengths = [context.stretch(num_rows, rank) for rank in range(context.size)]
+        longest = max(end - begin for begin, end in lengths)
+        padded = x_TE.new_zeros(longest, x_TE.shape[1])
+        padded[: len(x_TE)] = x_TE
+        gathered = x_TE.new_empty(context.size, longest, x_TE.shape[1])
+        dist.all_gather_into_tensor(gathered.view(-1, x_TE.shape[1]), padded, group=context.group)
+        return torch.cat([rows[: end - begin] for rows, (begin, end) in zip(gathered, lengths, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        total = grad.contiguous().clone()
+        dist.all_reduce(total, group=ctx.context.group)
+        return total[ctx.rows], None, None, None
+
+
+def gather_rows(x_TE: torch.Tensor, first: int, num_rows: int, context: Context) -> torch.Tensor:
+    """The rows of all ranks (num_rows, E), this rank's being those from `first` on."""
+    return _GatherRows.apply(x_TE, first, num_rows, context)

@@ -1,0 +1,126 @@
+"""Context parallelism of one mixer: output and every gradient in float64, and the bytes that travel."""
+
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+from hydra_scale.config import MixerConfig, ModelConfig, ParallelConfig
+from hydra_scale.model.initialise import initialise
+from hydra_scale.model.mixer import HydraLayerMixer
+from hydra_scale.model.stretch import Stretch
+from hydra_scale.topology import Context, joined
+
+D_MODEL, HEADDIM, D_STATE, GROUPS, TAPS = 16, 8, 5, 2, 5
+DOCUMENTS = {
+    "across-all": [48],
+    "across-some": [5, 22, 14, 7],
+    "ends-at-borders": [12, 12, 24],
+    "many-short": [1, 2, 1, 3, 4, 1, 9, 2, 1, 1, 6, 1, 8, 1, 3, 4],
+}
+
+
+def mixer_and_input(num_tokens: int) -> tuple[HydraLayerMixer, torch.Tensor, torch.Tensor]:
+    """A mixer with learnt initial states, its input and the gradient of its output, all float64."""
+    options = {"d_state": D_STATE, "d_conv": TAPS, "headdim": HEADDIM, "ngroups": GROUPS, "learnable_init_states": True}
+    config = ModelConfig(d_model=D_MODEL, num_layers=1, mixer=MixerConfig.model_validate(options))
+    mixer = HydraLayerMixer(config)
+    initialise(mixer, config, seed=3)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in mixer.parameters():  # nothing at zero or one, where a missing term would not show
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    x, grad = (torch.randn(num_tokens, D_MODEL, generator=generator, dtype=torch.float64) for _ in range(2))
+    return mixer.double(), x, grad
+
+
+def computed(lengths: list[int], context: Context | None) -> dict[str, torch.Tensor]:
+    """Output rows and gradients; those of the parameters summed over the ranks."""
+    mixer, x, grad = mixer_and_input(sum(lengths))
+    first, end = (0, len(x)) if context is None else context.stretch(len(x))
+    borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    x_here = x[first:end].clone().requires_grad_()
+    y = mixer(x_here, Stretch(borders, first, end, x.device, context, TAPS // 2))
+    y.backward(grad[first:end])
+    found = {name: parameter.grad for name, parameter in mixer.named_parameters()}
+    if context is not None:
+        for gradient in found.values():
+            dist.all_reduce(gradient, group=context.group)
+    return found | {"output": y.detach(), "input": x_here.grad}
+
+
+def on_a_rank(exchange: str) -> dict[str, dict[str, np.ndarray]]:
+    """For each case of DOCUMENTS what this rank has computed; alone if it is the only one."""
+    config = ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)
+    with joined(config) as topology:
+        found = {name: computed(lengths, topology.context) for name, lengths in DOCUMENTS.items()}
+    return {case: {name: tensor.numpy() for name, tensor in tensors.items()} for case, tensors in found.items()}
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, dict[str, np.ndarray]]:
+    (found,) = run_ranks(1, on_a_rank, "gather")
+    return found
+
+
+@pytest.mark.parametrize("exchange", ["gather", "neighbour"])
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+def test_output_and_every_gradient(alone: dict[str, dict[str, np.ndarray]], num_ranks: int, exchange: str) -> None:
+    ranks = run_ranks(num_ranks, on_a_rank, exchange)
+    for case, whole in alone.items():
+        for name, expected in whole.items():
+            parts = [rank[case][name] for rank in ranks]
+            found = np.concatenate(parts) if name in ("output", "input") else parts[0]
+            assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected), (case, name)
+
+
+def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
+    """Bytes this rank sends in a forward and in a backward pass over one document."""
+    sent = [0]
+    p2p, gather = dist.batch_isend_irecv, dist.all_gather_into_tensor
+
+    def size(tensor: torch.Tensor) -> int:
+        return tensor.numel() * tensor.element_size()
+
+    def counted_p2p(operations: list[Any]) -> Any:
+        sent[0] += sum(size(operation.tensor) for operation in operations if operation.op is dist.isend)
+        return p2p(operations)
+
+    def counted_gather(output: torch.Tensor, message: torch.Tensor, group: Any) -> Any:
+        sent[0] += size(message) * (dist.get_world_size(group) - 1)
+        return gather(output, message, group=group)
+
+    with joined(ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)) as topology:
+        context = topology.context
+        assert context is not None
+        mixer, x, grad = mixer_and_input(num_tokens)
+        mixer, x, grad = mixer.float(), x.float(), grad.float()
+        first, end = context.stretch(num_tokens)
+        dist.batch_isend_irecv, dist.all_gather_into_tensor = counted_p2p, counted_gather
+        x_here = x[first:end].requires_grad_()
+        y = mixer(x_here, Stretch((0, num_tokens), first, end, x.device, context, TAPS // 2))
+        forward = sent[0]
+        y.backward(grad[first:end])
+    return [forward, sent[0] - forward]
+
+
+@pytest.mark.parametrize("exchange", ["gather", "neighbour"])
+def test_bytes_are_those_of_the_formula_at_any_length(exchange: str) -> None:
+    """docs/parallelism.md: S = H P N numbers a direction; a rank inside the row has two neighbours."""
+    num_ranks = 3
+    heads = 2 * D_MODEL // HEADDIM
+    states, border = 4 * heads * HEADDIM * D_STATE, 4 * GROUPS * D_STATE
+    halo = 4 * (TAPS // 2) * D_MODEL
+    for num_tokens in (30, 300):
+        found = run_ranks(num_ranks, bytes_sent, num_tokens, exchange)
+        for rank, passes in enumerate(found):
+            neighbours = 2 if 0 < rank < num_ranks - 1 else 1
+            if exchange == "gather":
+                expected = (num_ranks - 1) * (2 * states + 2 * 4 * heads + 2 * border)
+            else:
+                expected = neighbours * (states + border)
+            assert passes == [expected + neighbours * halo] * 2
