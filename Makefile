@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint test-gpu clean
+.PHONY: help install quickstart test lint test-gpu slurm clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -46,6 +46,12 @@ lint: $(READY)  ## Style, types and import directions
 
 test-gpu: $(READY)  ## The tests that need a CUDA device
 	@$(BIN)/python -m pytest -m gpu
+
+slurm:  ## Install Slurm from Debian's packages (root), for the tests that start a cluster of their own
+	@PATH=$$PATH:/usr/sbin; if type slurmctld slurmd munged sbatch >/dev/null 2>&1; then exit 0; fi; \
+	  command -v apt-get >/dev/null || { echo 'apt-get is not here: the tests marked slurm will be skipped' >&2; exit 0; }; \
+	  apt-get update -qq; DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    slurmctld slurmd slurm-client munge
 
 clean:  ## Remove .venv and caches; data and runs stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

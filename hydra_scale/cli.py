@@ -1,4 +1,4 @@
-"""The command line: `hydra-scale prepare | pretrain | evaluate | convert | fill-mask | bench | doctor`.
+"""The command line: `hydra-scale prepare | pretrain | evaluate | convert | fill-mask | bench | launch | doctor`.
 
 Commands import what they need when they run, so that `--help` is instant.
 """
@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from hydra_launch.commands import launch
 from hydra_scale.bench.commands import bench
 from hydra_scale.errors import HydraScaleError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(bench, name="bench")
+app.add_typer(launch, name="launch")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run folder, as `pretrain` writes it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")]
@@ -92,17 +94,30 @@ def pretrain(
     config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some to start from.")],
     run_dir: RunDir,
     overrides: Overrides = None,
+    stop_at: Annotated[
+        str | None, typer.Option(help="Save and stop at this time (ISO 8601, or seconds since 1970).")
+    ] = None,
 ) -> None:
-    """Train an encoder, or continue if the run folder holds a checkpoint. Runs under torchrun or alone."""
+    """Train an encoder, or continue if the run folder holds a checkpoint. Runs under torchrun or alone.
+
+    Exits with 75 if it was asked to stop early (SIGTERM, SIGUSR1, RUN/stop-request, --stop-at): it has saved then,
+    and the same command continues.
+    """
     from hydra_scale.config_file import load_config
-    from hydra_scale.monitor.console import set_up_logging
-    from hydra_scale.topology import ProcessEnvironment
+    from hydra_scale.errors import STOPPED_EARLY
+    from hydra_scale.training.stopping import StopNotices, parse_time
 
     settings = load_config(config, overrides or [])
-    set_up_logging(ProcessEnvironment.read().rank == 0)
-    from hydra_scale.training.pretrain import pretrain as run
+    with StopNotices(run_dir, parse_time(stop_at) if stop_at else None) as notices:  # before the slow imports
+        from hydra_scale.monitor.console import set_up_logging
+        from hydra_scale.topology import ProcessEnvironment
 
-    run(settings, run_dir)
+        set_up_logging(ProcessEnvironment.read().rank == 0)
+        from hydra_scale.training.pretrain import pretrain as run
+
+        stopped = run(settings, run_dir, notices)
+    if stopped:
+        raise typer.Exit(STOPPED_EARLY)
 
 
 @app.command()

@@ -6,7 +6,7 @@ YAML is read with the safe loader: no tag builds an object. Errors name file, li
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -15,10 +15,16 @@ from hydra_scale.config import Config
 from hydra_scale.errors import ConfigError
 
 KeyPath = tuple[str, ...]
+AnySection = TypeVar("AnySection", bound=BaseModel)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """The configuration in `path` with each `a.b=value` of `overrides` laid over it.
+    """The configuration in `path` with each `a.b=value` of `overrides` laid over it. Raises as `load_section`."""
+    return load_section(Config, path, overrides)
+
+
+def load_section(kind: type[AnySection], path: Path, overrides: Sequence[str] = ()) -> AnySection:
+    """The settings of a class in the YAML file `path`, with each `a.b=value` of `overrides` laid over them.
 
     Raises:
         ConfigError: the file cannot be read or parsed, a key is unknown or given twice, or a value does not fit.
@@ -26,13 +32,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a configuration: {error}; give --config a YAML file") from None
+        raise ConfigError(f"{path}: cannot be read as a configuration: {error}; give a YAML file") from None
     values, places = _parse(path, text)
     for override in overrides:
         keys, value = _parse_override(override)
         _assign(values, keys, value, override)
         places[keys] = f"override {override!r}"
-    return _validate(values, places, str(path))
+    return _validate(kind, values, places, str(path))
 
 
 def dump_config(config: Config) -> str:
@@ -97,20 +103,20 @@ def _assign(values: dict[str, Any], keys: KeyPath, value: Any, override: str) ->
     values[keys[-1]] = value
 
 
-def _validate(values: dict[str, Any], places: dict[KeyPath, str], source: str) -> Config:
+def _validate(kind: type[AnySection], values: dict[str, Any], places: dict[KeyPath, str], source: str) -> AnySection:
     try:
-        return Config.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         keys = tuple(str(part) for part in first["loc"])
         place = next((places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in places), source)
-        raise ConfigError(f"{place}: {_explain(keys, first)}") from None
+        raise ConfigError(f"{place}: {_explain(kind, keys, first)}") from None
 
 
-def _explain(keys: KeyPath, error: Any) -> str:
+def _explain(kind: type[BaseModel], keys: KeyPath, error: Any) -> str:
     name = ".".join(keys)
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(name, [".".join(known) for known in _known_keys(Config)], n=1, cutoff=0.0)
+        near = difflib.get_close_matches(name, [".".join(known) for known in _known_keys(kind)], n=1, cutoff=0.0)
         return f"unknown key {name}; did you mean {near[0]}?"
     if error["type"] == "missing":
         return f"{name} is missing; set it in the file or as {name}=value"

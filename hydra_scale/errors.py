@@ -4,6 +4,9 @@ Every error a user can cause or meet is one of these classes; the command line p
 with `exit_code`, without a trace. Anything else that escapes is a defect of the program and keeps its trace.
 """
 
+STOPPED_EARLY = 75
+"""Exit code of a run that stopped before its last step and saved: start it again to continue (EX_TEMPFAIL)."""
+
 
 class HydraScaleError(Exception):
     """Base of the named failures."""
@@ -30,6 +33,12 @@ class CheckpointError(HydraScaleError):
     """A checkpoint or run folder is damaged, incomplete or belongs to another run."""
 
     exit_code = 4
+
+
+class RunTakenOver(CheckpointError):
+    """A later start has taken the run folder: this job must neither write on nor be started again."""
+
+    exit_code = 73
 
 
 class EnvironmentFault(HydraScaleError):

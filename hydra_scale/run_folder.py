@@ -15,6 +15,7 @@ from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.config import Config
 from hydra_scale.config_file import dump_config, flatten, load_config
 from hydra_scale.errors import CheckpointError, EnvironmentFault
+from hydra_scale.run_marks import RunMarks
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
         self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self.marks = RunMarks(path)
 
     def check(self, config: Config) -> None:
         """Refuse a folder in which this run may not start or continue; changes nothing.

@@ -20,9 +20,9 @@ def train(run_dir: Path, overrides: list[str]) -> None:
 
 
 def rows(run_dir: Path, key: str) -> list[float]:
-    """One number a step (or evaluation) from metrics.jsonl."""
+    """One number a step (or evaluation) from metrics.jsonl; notes of early stops are left out."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line]
+    return [line[key] for line in lines if key in line and "stopped" not in line]
 
 
 def ledger(run_dir: Path) -> list[dict[str, Any]]:
@@ -33,3 +33,14 @@ def ledger(run_dir: Path) -> list[dict[str, Any]]:
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """Parameters of the newest checkpoint."""
     return RunFolder(run_dir).newest_parameters()
+
+
+def assert_same_run(run: Path, undisturbed: Path) -> None:
+    """Bit-equal metrics, order of documents and weights; every step once."""
+    for key in ("step", "tokens", "loss", "grad_norm", "lr", "masked_accuracy", "eval/loss", "eval/masked_accuracy"):
+        assert rows(run, key) == rows(undisturbed, key), key
+    assert ledger(run) == ledger(undisturbed)
+    assert [row["step"] for row in ledger(run)] == list(range(1, len(ledger(run)) + 1))
+    found, expected = weights(run), weights(undisturbed)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

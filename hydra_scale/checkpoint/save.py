@@ -1,7 +1,7 @@
 """Writing a checkpoint: each rank its own slices into one safetensors file, then one manifest, then one rename."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,16 @@ Record = tuple[str, str, tuple[int, ...], Piece]
 """Tensor name, dtype, global shape, and a piece of it."""
 
 
-def save(folder: Path, step: int, slices: Iterable[LocalSlice], state: dict[str, Any]) -> None:
+def save(
+    folder: Path,
+    step: int,
+    slices: Iterable[LocalSlice],
+    state: dict[str, Any],
+    may_publish: Callable[[], None] = lambda: None,
+) -> None:
     """Write and publish checkpoint `folder`; all ranks call it with their own slices.
+
+    Rank 0 calls `may_publish` right before the rename; a CheckpointError from it leaves nothing published.
 
     Raises:
         CheckpointError: on every rank, if any rank could not write its part; nothing is published then.
@@ -37,7 +45,7 @@ def save(folder: Path, step: int, slices: Iterable[LocalSlice], state: dict[str,
         mine = f"rank {rank}: {error}"
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
-    verdict = [_publish_if_whole(aside, folder, step, state, everyone) if rank == 0 else None]
+    verdict = [_publish_if_whole(aside, folder, step, state, everyone, may_publish) if rank == 0 else None]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0] is not None:
         raise CheckpointError(f"{folder}: not published: {verdict[0]}; older checkpoints are untouched")
@@ -61,7 +69,9 @@ def _write_own_file(folder: Path, rank: int, slices: Iterable[LocalSlice]) -> tu
     return file, FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)), records
 
 
-def _publish_if_whole(aside: Path, final: Path, step: int, state: dict[str, Any], everyone: list[Any]) -> str | None:
+def _publish_if_whole(
+    aside: Path, final: Path, step: int, state: dict[str, Any], everyone: list[Any], may_publish: Callable[[], None]
+) -> str | None:
     """Rank 0: merge the ranks' records, write the manifest, rename. Returns what went wrong, or None."""
     if failures := [each for each in everyone if isinstance(each, str)]:
         return "; ".join(failures)
@@ -71,6 +81,7 @@ def _publish_if_whole(aside: Path, final: Path, step: int, state: dict[str, Any]
         content = manifest.to_json()
         (aside / MANIFEST).write_bytes(content)
         (aside / MANIFEST_HASH).write_text(sha256_file(aside / MANIFEST))
+        may_publish()
         publish(aside, final)
     except (OSError, CheckpointError) as error:
         return str(error)

@@ -84,6 +84,16 @@ class Monitor:
             log.info("step %d/%d  checkpoint written", step, self._config.training.steps)
             self._last_time = time.perf_counter()
 
+    def stopped(self, step: int, reason: str) -> None:
+        """Note that the run ends early after `step`, which is safe on disk."""
+        if self._topology.is_main:
+            _append(self._metrics, {"step": step, "stopped": reason})
+            request = self._run.marks.stop_request
+            then = f"remove {request} and start again" if request.exists() else "start again"
+            log.warning(
+                "step %d/%d  stopped early: %s; %s to continue", step, self._config.training.steps, reason, then
+            )
+
     def _write(self, row: dict[str, Any]) -> None:
         _append(self._metrics, row)
         if self._tensorboard is not None:

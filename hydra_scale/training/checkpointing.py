@@ -1,6 +1,7 @@
 """Where a run begins, and what it writes down to begin there again."""
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -54,10 +55,10 @@ class Checkpointing:
         log.info("continuing from %s", folder)
         return reader.manifest.step, state["tokens"]
 
-    def save(self, step: int, tokens: int) -> None:
-        """Publish the checkpoint of `step` and delete the oldest beyond those to keep."""
+    def save(self, step: int, tokens: int, may_publish: Callable[[], None]) -> None:
+        """Publish the checkpoint of `step`, unless `may_publish` raises, and delete the oldest beyond those to keep."""
         state: dict[str, Any] = {"tokens": tokens, "data": self._data_fingerprint}
-        save(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state)
+        save(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state, may_publish)
         if self._topology.is_main:
             self._run.checkpoints.retain(self._keep)
 

@@ -15,36 +15,55 @@ from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joi
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
+from hydra_scale.training.step_edge import StepEdge
+from hydra_scale.training.stopping import StopNotices, StopReason
 
 log = logging.getLogger(__name__)
 
 
-def pretrain(config: Config, run_dir: Path) -> None:
+def pretrain(config: Config, run_dir: Path, notices: StopNotices | None = None) -> StopReason:
     """Train until config.training.steps, from the newest checkpoint of `run_dir` if it holds one.
 
-    Every process of the job calls this with the same arguments.
+    Every process of the job calls this with the same arguments. `notices`, already listening, may ask to stop early;
+    absent: SIGTERM, SIGUSR1 and RUN/stop-request are heeded from here on. Returns why the run stopped early, with a
+    checkpoint of its last step, or NONE when it is done.
 
     Raises:
         HydraScaleError: one of the named failures of `hydra_scale.errors`.
     """
+    if notices is None:
+        with StopNotices(run_dir) as notices:
+            return pretrain(config, run_dir, notices)
     check_layout(config, ProcessEnvironment.read().world_size)
+    run = RunFolder(run_dir)
+    if run.marks.steps_done() >= config.training.steps:
+        run.check(config)
+        log.info("%s: all %d steps are done", run.path, config.training.steps)
+        return StopReason.NONE
     with joined(config.parallel) as topology:
-        _open(config, RunFolder(run_dir), topology)
+        return _open(config, run, topology, notices)
 
 
-def _open(config: Config, run: RunFolder, topology: Topology) -> None:
+def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotices) -> StopReason:
     on_main_rank(lambda: run.check(config))
     data = TrainingData(config.data, config.training.seed)
     held_out = EvaluationData(config.data, data.tokenizer)
     vocab_size = vocab_size_for(config, data.tokenizer.vocab_size)
     on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
     with logged_to(run.log_file, topology.is_main):
-        _loop(config, run, topology, data, held_out, vocab_size)
+        edge = StepEdge(run, notices, topology)
+        return _loop(config, run, topology, edge, data, held_out, vocab_size)
 
 
 def _loop(
-    config: Config, run: RunFolder, topology: Topology, data: TrainingData, held_out: EvaluationData, vocab_size: int
-) -> None:
+    config: Config,
+    run: RunFolder,
+    topology: Topology,
+    edge: StepEdge,
+    data: TrainingData,
+    held_out: EvaluationData,
+    vocab_size: int,
+) -> StopReason:
     model = build_model(config, vocab_size, topology.accelerator.device, topology.context)
     names = {name for name, _ in model.named_parameters()}
     optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
@@ -63,14 +82,23 @@ def _loop(
         Monitor(run, config, topology, first_step, ledger) as monitor,
         data.prefetch(first_step, num_steps, *ranks, batch.global_batch_size, batch.micro_batch_size) as batches,
     ):
+        step, stop = first_step, edge.stop_reason()  # a notice may have come while all this was built
         for index, micro_batches in batches:
+            if stop:
+                break
             step = index + 1  # the batch of index i makes optimizer step i + 1
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
             result = train_step(optimizer, micro_batches, step, lr, config, topology)
             tokens += result.num_tokens
             monitor.step(step, tokens, lr, result)
+            stop = edge.stop_reason()
             if step % config.evaluation.every == 0 or step == num_steps:
                 monitor.evaluation(step, evaluate(optimizer.module, held_out, config, topology))
-            if step % config.checkpoint.every == 0 or step == num_steps:
-                checkpointing.save(step, tokens)
+            if step % config.checkpoint.every == 0 or step == num_steps or stop:
+                checkpointing.save(step, tokens, edge.check_held)
                 monitor.checkpoint(step)
+        if stop and step < num_steps:
+            monitor.stopped(step, str(stop))
+            return stop
+    edge.mark_done(num_steps)
+    return StopReason.NONE

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from ranks import run_ranks, run_to_death
-from runs import ledger, rows, train, weights
+from runs import assert_same_run, ledger, rows, train
 
 STEPS = 12
 SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", "evaluation.every=3", "model.dropout=0.1"]
@@ -73,16 +72,6 @@ def test_continues_on_another_number_of_ranks(
     run_ranks(1, train, tmp_path / "one", settings)
     for key in ("loss", "grad_norm"):
         assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5)
-
-
-def assert_same_run(run: Path, undisturbed: Path) -> None:
-    for key in ("step", "tokens", "loss", "grad_norm", "lr", "masked_accuracy", "eval/loss", "eval/masked_accuracy"):
-        assert rows(run, key) == rows(undisturbed, key), key
-    assert ledger(run) == ledger(undisturbed)
-    assert [row["step"] for row in ledger(run)] == list(range(1, STEPS + 1))
-    found, expected = weights(run), weights(undisturbed)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def train_and_die_on_rank_1(run_dir: Path, overrides: list[str]) -> None:

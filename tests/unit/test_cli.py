@@ -31,7 +31,7 @@ def pretrain(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 
 def test_help_names_every_command_and_option() -> None:
     overview = run("--help").stdout
-    for command in ("prepare", "verify", "pretrain", "evaluate", "convert", "fill-mask", "doctor", "bench"):
+    for command in ("prepare", "verify", "pretrain", "evaluate", "convert", "fill-mask", "doctor", "bench", "launch"):
         assert command in overview
         help_text = run(command, "--help")
         assert help_text.returncode == 0 and "Usage" in help_text.stdout
@@ -72,6 +72,11 @@ def test_bad_settings(tmp_path: Path, corpus: Path) -> None:
         run("prepare", "--source", "text", "--output", tmp_path / "o", "--model-type", "wordpiece"), 2
     )
     assert not (tmp_path / "r").exists()
+
+
+def test_a_time_to_stop_at_that_is_none(tmp_path: Path) -> None:
+    message = error(run("pretrain", "--config", TINY, "--run-dir", tmp_path / "r", "--stop-at", "tomorrow"), 2)
+    assert "--stop-at: found 'tomorrow', expected seconds since 1970 or an ISO 8601 time" in message
 
 
 def test_bad_data(tmp_path: Path, corpus: Path) -> None:
@@ -131,7 +136,7 @@ def test_folders_of_other_runs(tmp_path: Path, corpus: Path) -> None:
     assert "no config.yaml" in error(run("evaluate", "--run-dir", tmp_path / "full", "--data", corpus), 4)
     for manifest in folder.glob("checkpoints/*/manifest.json"):
         manifest.unlink()
-    assert "1 checkpoints and none is whole" in error(pretrain(folder, *settings), 4)
+    assert "1 checkpoints and none is whole" in error(pretrain(folder, *settings, "training.steps=6"), 4)
     assert (folder / "metrics.jsonl").read_text() == before
 
 

@@ -1,0 +1,116 @@
+"""Small files of a run folder by which jobs and people speak to each other: stop request, done marker, run epoch.
+
+Light enough to import before PyTorch, and on a login node.
+"""
+
+import json
+import os
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from hydra_scale.checkpoint.files import write_durably
+from hydra_scale.errors import CheckpointError, RunTakenOver
+
+STOP_FILE = "HYDRA_SCALE_STOP_FILE"
+"""Environment variable with the path of a file that, once it exists, stops this attempt of a job alone."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who may write the run folder: the start that took the newest epoch."""
+
+    epoch: int
+    """Starts of this run so far, this one included."""
+    token: str
+    """Tells two starts apart that took the same epoch at the same time."""
+    holder: str
+    since: str
+
+
+_CLAIM_JSON = TypeAdapter(Claim)
+
+
+class RunMarks:
+    """RUN/stop-request, RUN/done and RUN/epoch."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.stop_request = run_dir / "stop-request"
+        """Exists: the run stops at the next step and stays stopped until the file is removed."""
+        self._done = run_dir / "done"
+        self._epoch = run_dir / "epoch"
+
+    def request_stop(self) -> None:
+        """Ask whoever trains in this folder, now or later, to stop."""
+        write_durably(self.stop_request, f"by {_this_process()} at {_now()}\n".encode())
+
+    def withdraw_stop(self) -> None:
+        """Let the run go on again."""
+        self.stop_request.unlink(missing_ok=True)
+
+    def steps_done(self) -> int:
+        """Steps of the finished run; 0 if it is not finished.
+
+        Raises:
+            CheckpointError: the marker is not one that `mark_done` wrote.
+        """
+        try:
+            return int(json.loads(self._done.read_text())["steps"])
+        except FileNotFoundError:
+            return 0
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._done}: not a done marker: {error!r}; delete it to train on") from None
+
+    def mark_done(self, steps: int) -> None:
+        """Note that training reached its last step: later starts and jobs of a chain end at once."""
+        write_durably(self._done, json.dumps({"steps": steps, "at": _now()}).encode())
+
+    def unmark_done(self) -> None:
+        """The run is to be trained further."""
+        self._done.unlink(missing_ok=True)
+
+    def claim(self) -> Claim:
+        """Take the run folder for this start; whoever held it before finds out at its next step edge."""
+        before = self._read_epoch()
+        claim = Claim((before.epoch if before else 0) + 1, secrets.token_hex(8), _this_process(), _now())
+        write_durably(self._epoch, json.dumps(asdict(claim)).encode())
+        return claim
+
+    def is_held_by(self, claim: Claim) -> bool:
+        """Whether no later start has taken the folder."""
+        return self._read_epoch() == claim
+
+    def check_held_by(self, claim: Claim) -> None:
+        """Raise RunTakenOver, naming the new holder, unless `claim` still holds."""
+        if not self.is_held_by(claim):
+            raise self.taken_over()
+
+    def taken_over(self) -> RunTakenOver:
+        """The error that names the present holder."""
+        now = self._read_epoch()
+        by = f"{now.holder} since {now.since} (epoch {now.epoch})" if now else "nobody: its epoch file is gone"
+        return RunTakenOver(
+            f"{self.run_dir}: taken over by {by}; this job wrote nothing more: one job at a time trains in a run folder"
+        )
+
+    def _read_epoch(self) -> Claim | None:
+        try:
+            return _CLAIM_JSON.validate_json(self._epoch.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            raise CheckpointError(f"{self._epoch}: not an epoch file; delete it when no job runs here") from None
+
+
+def _this_process() -> str:
+    job = os.environ.get("SLURM_JOB_ID")
+    return f"{f'job {job}, ' if job else ''}process {os.getpid()} on {socket.gethostname()}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

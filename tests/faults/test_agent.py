@@ -1,0 +1,73 @@
+"""`hydra-scale launch local`: signals to the agent stop its trainers gently, and none of them outlives it."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from runs import TINY, rows
+from typer.testing import CliRunner
+from waiting import wait_until
+
+from hydra_launch.commands import launch
+from hydra_scale.errors import ConfigError
+from hydra_scale.run_folder import RunFolder
+
+
+@contextmanager
+def launched(run: Path, processes: int, *settings: str) -> Iterator["subprocess.Popen[str]"]:
+    command = [sys.executable, "-m", "hydra_scale.cli", "launch", "local", "--config", str(TINY), "--run-dir", str(run)]
+    process = subprocess.Popen(
+        [*command, f"--processes={processes}", *settings], stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_steps(run: Path) -> None:
+    wait_until(lambda: (run / "metrics.jsonl").exists() and len(rows(run, "loss")) >= 3, 90, "no step 3")
+
+
+def test_a_signal_to_the_agent_saves_and_passes_the_exit_code_on(corpus: Path, tmp_path: Path) -> None:
+    """USR1, of which torchrun alone would die; the agent treats TERM alike."""
+    run = tmp_path / "run"
+    with launched(run, 2, f"data.train={corpus}", "training.steps=10000", "checkpoint.every=10000") as agent:
+        wait_for_steps(run)
+        agent.send_signal(signal.SIGUSR1)
+        _, errors = agent.communicate(timeout=60)
+    assert agent.returncode == 75, errors
+    assert RunFolder(run).checkpoints.steps() == [len(rows(run, "loss"))]
+    assert "stopped early: stop request; start again to continue" in errors
+
+
+def test_trainers_die_with_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with launched(run, 1, f"data.train={corpus}", "training.steps=100000") as agent:
+        wait_for_steps(run)
+        trainers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        assert trainers
+        agent.kill()
+        wait_until(lambda: all(is_gone(pid) for pid in trainers), 5, "a trainer lives on")
+
+
+def test_a_layout_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
+    arguments = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "--processes=3"]
+    failure = CliRunner().invoke(launch, ["local", *arguments]).exception
+    assert isinstance(failure, ConfigError)
+    assert "not divisible by micro_batch_size 4 x 3 data parallel ranks" in str(failure)
+    assert list(tmp_path.iterdir()) == []
+
+
+def is_gone(pid: str) -> bool:
+    """Dead, whether or not anyone has collected its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True

@@ -1,0 +1,127 @@
+"""Runs submitted to a real Slurm: to the end over two nodes, through notices, requeues, chains, arrays and cancels."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from cluster import Cluster
+from ranks import run_ranks
+from runs import TINY, assert_same_run, rows, train
+from typer.testing import CliRunner
+from waiting import wait_until
+
+from hydra_launch.commands import launch
+from hydra_scale.run_folder import RunFolder
+
+pytestmark = pytest.mark.slurm
+
+STEPS = 60
+SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=20", "evaluation.every=20"]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks do without Slurm and without any fault."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(2, train, run, [f"data.train={corpus}", *SETTINGS])
+    return run
+
+
+def submit(run: Path, corpus: Path, site: Path, *options: str, nodes: int = 2) -> list[str]:
+    """Job ids of `hydra-scale launch slurm` with one process a node."""
+    arguments = ["--config", str(TINY), "--run-dir", str(run), "--nodes", str(nodes), "--gpus-per-node", "0"]
+    settings = [f"data.train={corpus}", *SETTINGS]
+    result = CliRunner().invoke(launch, ["slurm", *arguments, "--site", str(site), "--time=10", *options, *settings])
+    assert result.exit_code == 0, (result.output, result.exception)
+    return next(line.split()[1:] for line in result.output.splitlines() if line.startswith("jobs"))
+
+
+def at_step(step: int, actions: dict[Path, Callable[[], object]]) -> None:
+    """Do for each run its action as soon as it has that step."""
+    left = dict(actions)
+
+    def act() -> bool:
+        for run in [run for run in left if (run / "metrics.jsonl").exists() and len(rows(run, "loss")) >= step]:
+            left.pop(run)()
+        return not left
+
+    wait_until(act, 90, f"not all of {[run.name for run in actions]} have step {step}")
+
+
+def log(run: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted((run / "launch").glob("job-*.log")))
+
+
+def notes(run: Path) -> list[str]:
+    return [line.partition(": ")[2] for line in (run / "launch" / "history.log").read_text().splitlines()]
+
+
+def stops(run: Path) -> list[int]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if "stopped" in line]
+
+
+def test_two_nodes_through_a_time_limit_and_a_preemption(
+    cluster: Cluster, site: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """torchrun: USR1 to the batch shell, as before the time limit; task: requeued by Slurm, as when preempted."""
+    by_script, by_slurm = tmp_path / "by the script", tmp_path / "by slurm"
+    jobs = {
+        by_script: submit(by_script, corpus, site, "--shape=torchrun")[0],
+        by_slurm: submit(by_slurm, corpus, site, "--shape=task")[0],
+    }
+    at_step(3, {
+        by_script: lambda: cluster.call("scancel", "--signal=USR1", "--batch", jobs[by_script]),
+        by_slurm: lambda: cluster.call("scontrol", "requeue", jobs[by_slurm]),
+    })  # fmt: skip
+    for run, job in jobs.items():
+        cluster.wait_for(job, "COMPLETED")
+        assert_same_run(run, undisturbed)
+        assert len(stops(run)) == 1, log(run)  # no step was lost: the stop itself was saved
+        assert f"continuing from {RunFolder(run).checkpoints.at(stops(run)[0])}" in (run / "train.log").read_text()
+        assert notes(run)[-1] == "the run is done"
+        assert ("requeued" in notes(run)) == (run == by_script)
+        assert f"{job} COMPLETED" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+
+
+def test_cancelled_stopped_and_hopeless_jobs_stay_away(
+    cluster: Cluster, site: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """The first two save; the third has no data, which both its nodes find at about the same time."""
+    cancelled, stopped, hopeless = (tmp_path / name for name in ("cancelled", "stopped", "hopeless"))
+    (third,) = submit(hopeless, tmp_path / "nowhere", site)
+    first, second = (submit(run, corpus, site, nodes=1)[0] for run in (cancelled, stopped))
+    at_step(3, {
+        cancelled: lambda: cluster.call("scancel", first),
+        stopped: lambda: CliRunner().invoke(launch, ["stop", "--run-dir", str(stopped)]),
+    })  # fmt: skip
+    cluster.wait_for(first, "CANCELLED")
+    cluster.wait_for(second, "FAILED")
+    for run in (cancelled, stopped):
+        assert stops(run) == [len(rows(run, "loss"))] == [RunFolder(run).checkpoints.steps()[-1]], log(run)
+        assert "requeued" not in notes(run)
+    assert "not requeued: a stop is requested" in notes(stopped)
+    cluster.wait_for(third, "FAILED")
+    assert "failed with code 3, which a restart does not cure: the error stands above" in notes(hopeless)
+    assert "nowhere/manifest.json: no such file" in log(hopeless)
+
+
+def test_a_chain_and_an_array_side_by_side(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+    """The chain is stopped in its first job; the array trains each line of its sweep."""
+    sweep, run = tmp_path / "sweep.txt", tmp_path / "run"
+    sweep.write_text("optimizer.lr=1e-3  # slow\n\noptimizer.lr=4e-3 training.seed=2\n")
+    jobs = submit(run, corpus, site, "--segments", "3", nodes=1)
+    (array,) = submit(tmp_path / "runs", corpus, site, "--array", str(sweep), nodes=1)
+    with pytest.raises(AssertionError, match=rf"job {jobs[0]} of an earlier launch is (PENDING|RUNNING)"):
+        submit(run, corpus, site, nodes=1)
+    at_step(3, {run: lambda: cluster.call("scancel", "--signal=USR1", "--batch", jobs[0])})
+    cluster.wait_for(jobs[2], "COMPLETED")
+    assert [cluster.state(job) for job in jobs] == ["FAILED", "COMPLETED", "COMPLETED"]
+    assert "a later job of the chain continues" in notes(run) and notes(run)[-1] == "the run is done already"
+    assert len(rows(run, "loss")) == STEPS and len(stops(run)) == 1
+    for element, (lr, seed) in enumerate([(1e-3, 1), (4e-3, 2)]):
+        cluster.wait_for(f"{array}_{element}", "COMPLETED")
+        trained = tmp_path / "runs" / f"{element:04d}"
+        assert (max(rows(trained, "lr")), RunFolder(trained).load_config().training.seed) == (lr, seed)
+        assert RunFolder(trained).marks.steps_done() == STEPS

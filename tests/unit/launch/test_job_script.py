@@ -1,0 +1,139 @@
+"""The job script, run by bash with stand-ins for srun and scontrol: when a job ends, and when it comes back."""
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from waiting import wait_until
+
+from hydra_launch.site import Site
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
+    output, _ = process.communicate(timeout=60)
+    return process.returncode, output
+
+
+def recorded(tmp_path: Path, command: str) -> list[str]:
+    file = tmp_path / command
+    return file.read_text().splitlines() if file.exists() else []
+
+
+def save(run: Path, step: int) -> None:
+    (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    ("trainers", "code", "requeued", "said"),
+    [
+        ("touch '{run}/done'", 0, False, "the run is done"),
+        ("exit 0", 75, True, "stopped early at step 800"),
+        ("exit 2", 2, False, "a restart does not cure"),
+        ("exit 3", 3, False, "a restart does not cure"),
+        ("exit 4", 4, False, "a restart does not cure"),
+        ("exit 7", 7, False, "a restart does not cure"),
+        ("exit 73", 73, False, "a restart does not cure"),
+        ("echo 73 >'{run}/launch/17.0.code'; exit 143", 73, False, "a restart does not cure"),
+        ("exit 1", 1, True, "ended with code 1; newest checkpoint: step 800"),
+        ("exit 6", 6, True, "ended with code 6"),
+        ("kill -9 $$", 137, True, "ended with code 137"),
+        ("touch '{run}/stop-request'; exit 0", 75, False, "not requeued: a stop is requested"),
+    ],
+)
+def test_what_follows_from_the_end_of_the_trainers(
+    start: Start, tmp_path: Path, trainers: str, code: int, requeued: bool, said: str
+) -> None:
+    run = tmp_path / "run"
+    save(run, 90)
+    save(run, 800)
+    (run / "checkpoints" / "damaged-step-00000900").mkdir()
+    found, output = end(start(run, trainers.format(run=run)))
+    assert (found, recorded(tmp_path, "scontrol")) == (code, ["requeue 17"] if requeued else [])
+    assert said in output and said in (run / "launch" / "history.log").read_text()
+
+
+@pytest.mark.parametrize(("mark", "code"), [("done", 0), ("stop-request", 75)])
+def test_a_run_that_is_done_or_to_stop_is_not_started(start: Start, tmp_path: Path, mark: str, code: int) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / mark).touch()
+    assert end(start(run))[0] == code
+    assert recorded(tmp_path, "srun") == recorded(tmp_path, "scontrol") == []
+
+
+def test_gives_up_after_restarts_without_a_new_checkpoint(start: Start, tmp_path: Path) -> None:
+    """max_restarts is 2: two restarts at the same step are allowed, a new checkpoint allows two more."""
+    run = tmp_path / "run"
+    outputs = []
+    for attempt in range(7):
+        if attempt == 2:
+            save(run, 5)
+        outputs.append(end(start(run, "exit 1", SLURM_RESTART_COUNT=str(attempt)))[1])
+    gave_up = ["gave up: 2 restarts without a new checkpoint" in output for output in outputs]
+    assert gave_up[:5] == [False, False, False, False, True]
+    assert len(recorded(tmp_path, "scontrol")) == 4
+
+
+@pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
+def test_a_notice_becomes_the_stop_file(start: Start, tmp_path: Path, number: int, requeued: bool) -> None:
+    """The trainers run on until they see the file; USR1 brings the job back, TERM leaves that to Slurm."""
+    run = tmp_path / "run"
+    process = start(run, 'until [ -e "$HYDRA_SCALE_STOP_FILE" ]; do sleep 0.05; done; exit 0', SLURM_RESTART_COUNT="3")
+    wait_until(lambda: bool(recorded(tmp_path, "environment")), 20, "srun was not called")
+    assert not (run / "launch" / "17.3.stop").exists()
+    process.send_signal(number)
+    code, output = end(process)
+    assert code == 75 and (run / "launch" / "17.3.stop").exists(), output
+    assert recorded(tmp_path, "scontrol") == (["requeue 17"] if requeued else [])
+
+
+def test_an_exit_code_survives_the_signals_that_end_the_wait(start: Start, tmp_path: Path) -> None:
+    """USR1 ahead of the time limit, then TERM at it, and only then do the trainers end."""
+    history = tmp_path / "run" / "launch" / "history.log"
+    process = start(tmp_path / "run", f"until grep -q SIGTERM '{history}'; do sleep 0.05; done; exit 7")
+    wait_until(lambda: bool(recorded(tmp_path, "environment")), 20, "srun was not called")
+    process.send_signal(signal.SIGUSR1)
+    wait_until(lambda: "SIGUSR1" in history.read_text(), 20, "USR1 was not heard")
+    process.send_signal(signal.SIGTERM)
+    assert end(process)[0] == 7
+
+
+def test_a_chain_leaves_the_rest_to_its_next_job(start: Start, tmp_path: Path) -> None:
+    code, output = end(start(tmp_path / "run", segments="3"))
+    assert code == 75 and "a later job of the chain continues" in output and recorded(tmp_path, "scontrol") == []
+
+
+def test_an_element_of_an_array_has_its_own_folder_and_requeues_itself(start: Start, tmp_path: Path) -> None:
+    element = {"SLURM_ARRAY_JOB_ID": "15", "SLURM_ARRAY_TASK_ID": "3"}
+    assert end(start(tmp_path / "sweep", **element))[0] == 75
+    assert recorded(tmp_path, "scontrol") == ["requeue 15_3"]
+    arguments = recorded(tmp_path, "srun")
+    assert arguments[arguments.index("--run-dir") + 1] == str(tmp_path / "sweep" / "0003")
+    assert (tmp_path / "sweep" / "0003" / "launch" / "history.log").exists()
+
+
+@pytest.mark.parametrize("shape", ["torchrun", "task"])
+def test_what_the_trainers_are_given(start: Start, tmp_path: Path, shape: str) -> None:
+    """Names that a shell would act on arrive as they are; the end of the job, less the notice, as --stop-at."""
+    run = tmp_path / "a run'; $(touch pwned) `touch pwned` #"
+    value = 'it\'s $HOME; $(touch pwned) "x" *'
+    site = Site(environment={"GREETING": value}, network_interface="ib0", python="/opt/py thon", notice_seconds=100)
+    code, output = end(start(run, "exit 73", site, shape=shape, SLURM_JOB_END_TIME="1000"))
+    assert code == 73, output
+    arguments = recorded(tmp_path, "srun")
+    assert arguments[arguments.index("/opt/py thon") :] == [
+        "/opt/py thon", "-m", "hydra_launch.node", shape, "--processes", "4", "--",
+        "--config", f"{run}/config.yaml", "--run-dir", str(run), "--stop-at", "900",
+    ]  # fmt: skip
+    assert {"--kill-on-bad-exit=1", "--cpus-per-task=8" if shape == "task" else "--cpus-per-task=32"} <= set(arguments)
+    names = '"$GREETING" "$GLOO_SOCKET_IFNAME" "$PYTHONPATH" "$HYDRA_SCALE_MASTER_ADDR"'
+    shown = subprocess.run(
+        ["bash", "-c", f'. "$0"; printf "%s|" {names}', str(tmp_path / "environment")],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.split("|")[:4] == [value, "ib0", f"{run}/launch/code", "first.host"]
+    assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()

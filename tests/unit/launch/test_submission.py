@@ -1,0 +1,265 @@
+"""What `launch` accepts, writes and refuses, without Slurm."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from jobs import plan
+from runs import TINY
+from typer.testing import CliRunner
+
+from hydra_launch.commands import launch
+from hydra_launch.environment import SlurmTask, defaults, port_of
+from hydra_launch.freeze import PACKAGES, freeze_code
+from hydra_launch.script import SHAPES, fill_in, render, seconds
+from hydra_launch.site import Container, Site, load_site
+from hydra_launch.submission import read_sweep
+from hydra_scale.config import Config, DataConfig
+from hydra_scale.config_file import dump_config
+from hydra_scale.errors import CheckpointError, ConfigError, DistributedFault, EnvironmentFault, HydraScaleError
+from hydra_scale.run_marks import RunMarks
+
+SITES = Path(__file__).parents[3] / "launch" / "sites"
+TASK = {
+    "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_NTASKS": "8", "SLURM_NODEID": "1", "SLURM_NNODES": "2",
+    "SLURM_JOB_ID": "70001", "HYDRA_SCALE_MASTER_ADDR": "10.0.0.1",
+}  # fmt: skip
+
+
+def options(script: str) -> dict[str, str]:
+    """Of the #SBATCH lines, as sbatch reads them: all before the first command."""
+    lines = script.splitlines()
+    head = lines[: next(number for number, line in enumerate(lines) if line and not line.startswith("#"))]
+    found = [line.removeprefix("#SBATCH --") for line in head if line.startswith("#SBATCH ")]
+    assert len(found) == sum("#SBATCH --" in line for line in lines)
+    return {name: value.strip('"') for name, _, value in (option.partition("=") for option in found)}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_script_asks_slurm_for_the_plan(shape: str, tmp_path: Path) -> None:
+    script = render(plan(tmp_path / "my run", shape=shape, array_size=3), load_site(SITES / "example.yaml"))
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    found = options(script)
+    tasks = ("1", "32") if shape == "torchrun" else ("4", "8")
+    assert (found["nodes"], found["ntasks-per-node"], found["cpus-per-task"]) == ("2", *tasks)
+    assert (found["gpus-per-node"], found["partition"], found["array"], found["time"]) == ("4", "gpu", "0-2", "1:00:00")
+    assert found["signal"] == "B:USR1@180" and "requeue" in found and "exclusive" in found
+    assert found["output"] == f"{tmp_path}/my run/launch/job-%A_%a.log" and found["chdir"] == "/work dir"
+    assert "{{" not in script and "module load cuda/12.8" in script
+    assert "partition" not in options(render(plan(tmp_path, gpus_per_node=0, shape=shape), Site()))
+
+
+def test_containers_hold_the_run_folder() -> None:
+    pyxis, apptainer = (
+        Container(runtime=each, image="/i m.sqsh", mounts=("/d:/d",)) for each in ("pyxis", "apptainer")
+    )  # type: ignore[arg-type]
+    assert Site(container=pyxis).command(Path("/r")) == (
+        "'--container-image=/i m.sqsh' --container-mounts=/r:/r,/d:/d", "python3"
+    )  # fmt: skip
+    assert Site(container=apptainer).command(Path("/r")) == (
+        "", "apptainer exec --nv --bind /r:/r --bind /d:/d '/i m.sqsh' python3"
+    )  # fmt: skip
+    assert Site().command(Path("/r")) == ("", sys.executable)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("partion: gpu", "site.yaml:1: unknown key partion; did you mean partition?"),
+        ("partition: 'gpu; rm -rf ~'", "site.yaml:1: partition: found 'gpu; rm -rf ~'"),
+        ("account: |\n  a\n  #SBATCH --uid=root", "account: found"),
+        ("modules: ['cuda; id']", "modules.0: found 'cuda; id'"),
+        ("directives: ['--mem=0\\n#SBATCH --uid=0']", "directives.0: found"),
+        ('directives: ["--wrap=$(id)"]', "directives.0: found"),
+        ("environment: {'A B': x}", "environment.A B"),
+        ('environment: {A: "x\\ny"}', "environment.A: found"),
+        ("python: !!python/object/apply:os.system [id]", "not valid YAML"),
+        ("partition: a\npartition: b", "site.yaml:2: partition is given twice"),
+        ("container: {runtime: docker, image: x}", "container.runtime: found 'docker'"),
+        ("gpu_directive: --gres=gpu", "gpu_directive: found"),
+        ("notice_seconds: 0", "notice_seconds: found 0"),
+        ("- a", "found a list at the top"),
+    ],
+)
+def test_bad_sites(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "site.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_site(tmp_path / "site.yaml")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"),
+    [("90", 5400), ("90:30", 5430), ("2:03:04", 7384), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784)],
+)
+def test_times_mean_what_sbatch_says(time: str, expected: int) -> None:
+    assert seconds(time) == expected
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nb", "a%jb", "a\\b"])
+def test_paths_that_sbatch_would_misread(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot stand in a path given to sbatch"):
+        render(plan(tmp_path / name), Site())
+
+
+def test_templates_of_the_user(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.sbatch"
+    mine.write_text("#!/bin/bash\n#SBATCH --nodes={{nodes}}\n{{ setup }}\n\necho ${#a[@]} {{ time }}\n")
+    assert render(plan(tmp_path, template=mine), Site()) == "#!/bin/bash\n#SBATCH --nodes=2\n\necho ${#a[@]} 1:00:00\n"
+    with pytest.raises(ConfigError, match=r"mine.sbatch:1: unknown word \{\{ hosts \}\}; there are cpus_per_node"):
+        fill_in("{{ hosts }}", {"cpus_per_node": "1"}, mine)
+    with pytest.raises(ConfigError, match="cannot be read as a job script"):
+        render(plan(tmp_path, template=tmp_path / "absent"), Site())
+
+
+def test_environment_of_a_task() -> None:
+    task = SlurmTask.read(TASK)
+    port = str(port_of(70001, 0))
+    assert task.ranks() == {
+        "RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": port
+    }  # fmt: skip
+    assert SlurmTask.read(TASK | {"SLURM_RESTART_COUNT": "2"}).master_port == port_of(70001, 2)
+    ports = {port_of(job, restarts) for job in range(70_000, 70_020) for restarts in range(10)}
+    assert len(ports) == 200 and min(ports) >= 20_000 and max(map(port_of, range(10**6), [0] * 10**6)) < 32_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"SLURM_PROCID": ""}, "SLURM_PROCID is ''"),
+        ({"SLURM_NTASKS": "two"}, "SLURM_NTASKS is 'two'"),
+        ({"SLURM_PROCID": "8"}, "SLURM_PROCID=8, SLURM_LOCALID=1, SLURM_NTASKS=8"),
+        ({"SLURM_NODEID": "2"}, "contradict each other"),
+        ({"HYDRA_SCALE_MASTER_ADDR": "", "SLURM_JOB_NODELIST": "n[1-"}, "SLURM_JOB_NODELIST is 'n[1-'"),
+    ],
+)
+def test_contradictory_environments(changes: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(DistributedFault) as caught:
+        SlurmTask.read(TASK | changes)
+    assert message in str(caught.value)
+
+
+def test_defaults_leave_what_is_set_alone() -> None:
+    chosen = defaults({"OMP_NUM_THREADS": "3", "SLURM_JOB_ID": "9"}, 10_000, Path("/r"))
+    assert "OMP_NUM_THREADS" not in chosen and defaults({}, 10_000)["OMP_NUM_THREADS"] == "1"
+    assert chosen["TORCH_FR_DUMP_TEMP_FILE"] == "/r/launch/flight-9.0-rank"
+
+
+def test_frozen_code_runs_without_the_checkout(tmp_path: Path) -> None:
+    for _ in range(2):  # a second launch replaces the first copy
+        freeze_code(tmp_path / "code")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["code"]
+    assert not list(tmp_path.rglob("__pycache__"))
+    names = ",".join(PACKAGES)
+    shown = subprocess.run(
+        [sys.executable, "-c", f"import {names}, hydra_scale.cli; print({names})"],
+        env={"PYTHONPATH": str(tmp_path / "code")}, cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert shown.stdout.count(str(tmp_path / "code")) == len(PACKAGES)
+
+
+def slurm(run: Path, *more: str) -> tuple[str, HydraScaleError | None]:
+    """Output and named failure of a dry run on two CPU nodes of two processes each."""
+    usual = ["--config", str(TINY), "--run-dir", str(run), "--nodes=2", "--gpus-per-node=0", "--processes-per-node=2"]
+    result = CliRunner().invoke(launch, ["slurm", *usual, "--dry-run", *more])
+    assert result.exception is None or isinstance(result.exception, HydraScaleError), result.exception
+    return result.output, result.exception
+
+
+def test_a_dry_run_shows_everything_and_changes_nothing(tmp_path: Path) -> None:
+    output, failure = slurm(tmp_path / "run", "training.micro_batch_size=2", "--segments=2")
+    assert failure is None and "4 trainers, 2 job(s); nothing was written or submitted" in output
+    assert "#SBATCH --nodes=2" in output and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["training.micro_batch_size=4"], "8: not divisible by micro_batch_size 4 x 4 data parallel ranks = 16"),
+        (["training.stepz=3"], "did you mean training.steps?"),
+        (["--shape=mpi"], "--shape is 'mpi', expected torchrun or task"),
+        (["--gpus-per-node=4"], "a GPU has one trainer"),
+        (["training.micro_batch_size=2", "--time=3"], "at least notice_seconds + 60 = 240 s are needed"),
+        (["training.micro_batch_size=2", "--time=soon"], "--time is 'soon'"),
+        (["--site=nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--array=nowhere.txt"], "nowhere.txt: cannot be read as a sweep"),
+    ],
+)
+def test_refused_before_anything_is_written(tmp_path: Path, more: list[str], message: str) -> None:
+    _, failure = slurm(tmp_path / "run", *more)
+    assert message in str(failure) and list(tmp_path.iterdir()) == []
+
+
+def test_sweeps(tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("# rates\noptimizer.lr=1 'data.train=a b'\n\n")
+    assert read_sweep(sweep) == [["optimizer.lr=1", "data.train=a b"]]
+    _, failure = slurm(tmp_path / "runs", f"--array={sweep}", "--segments=2", "training.micro_batch_size=2")
+    assert "--array and --segments" in str(failure)
+    sweep.write_text("optimizer.lr=fast")
+    assert "optimizer.lr: found 'fast'" in str(slurm(tmp_path / "runs", f"--array={sweep}")[1])
+    sweep.write_text("# none\n")
+    with pytest.raises(ConfigError, match="no run in it"):
+        read_sweep(sweep)
+
+
+def test_folders_of_runs_that_are_done_or_others(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    settings = Config(data=DataConfig(train="data"))
+    (run / "config.yaml").write_text(dump_config(settings))
+    assert "holds another run" in str(slurm(run, "training.micro_batch_size=2")[1])
+    (run / "config.yaml").unlink()
+    RunMarks(run).mark_done(20)
+    assert "holds done but no config.yaml" in str(slurm(run, "training.micro_batch_size=2")[1])
+
+
+def test_without_slurm_the_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    arguments = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "--nodes=1", "--gpus-per-node=0"]
+    result = CliRunner().invoke(launch, ["slurm", *arguments])
+    assert isinstance(result.exception, EnvironmentFault) and "sbatch: not found" in str(result.exception)
+
+
+def test_status_and_stop_by_folder(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "launch").mkdir(parents=True)
+    for command in ("status", "stop"):
+        assert isinstance(CliRunner().invoke(launch, [command, "--run-dir", str(run)]).exception, CheckpointError)
+    (run / "config.yaml").touch()
+    (run / "checkpoints" / "step-00000004").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 6, "loss": 1.0}) + '\n{"step": 7, "lo')
+    (run / "launch" / "history.log").write_text("a\nb: requeued\n")
+    shown = CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+    assert "not done; last step 6; newest checkpoint 4" in shown and "b: requeued" in shown
+    assert CliRunner().invoke(launch, ["stop", "--run-dir", str(run)]).exit_code == 0
+    assert "stop requested; last step 6" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+    RunMarks(run).mark_done(7)
+    assert "done, 7 steps" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+
+
+@pytest.mark.parametrize("mark", ["done", "epoch"])
+def test_damaged_marks_are_named(tmp_path: Path, mark: str) -> None:
+    (tmp_path / mark).write_text('{"ste')
+    with pytest.raises(CheckpointError, match=f"{mark}: not a"):
+        _ = RunMarks(tmp_path).steps_done() if mark == "done" else RunMarks(tmp_path).claim()
+
+
+def test_the_first_failure_of_a_job_leaves_its_exit_code(tmp_path: Path) -> None:
+    """Tasks that Slurm started wrongly: 6, unless another task has failed before."""
+    command = [sys.executable, "-m", "hydra_launch.node", "task", "--processes", "1", "--", "--run-dir", str(tmp_path)]
+    variables = os.environ | TASK | {"SLURM_PROCID": "9", "HYDRA_SCALE_STOP_FILE": str(tmp_path / "17.0.stop")}
+    for before, after in (("", "6\n"), ("3\n", "3\n")):
+        (tmp_path / "17.0.code").unlink(missing_ok=True)
+        if before:
+            (tmp_path / "17.0.code").write_text(before)
+        result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+        assert result.returncode == 6 and "contradict each other" in result.stderr
+        assert (tmp_path / "17.0.code").read_text() == after
+    del variables["HYDRA_SCALE_STOP_FILE"]
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
+    assert result.returncode == 1 and "HYDRA_SCALE_STOP_FILE is not set" in result.stderr
