@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -69,6 +70,17 @@ class Context:
         return place * num_tokens // self.size, (place + 1) * num_tokens // self.size
 
 
+class TensorRanks(NamedTuple):
+    """This rank among those that share each matrix."""
+
+    rank: int
+    size: int
+
+
+ALONE = TensorRanks(0, 1)
+"""Every matrix is whole."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Ranks and degrees of this process, and the groups it communicates in."""
@@ -86,6 +98,7 @@ class Topology:
     """Data and context parallel ranks, all that hold the same weights: gradients are averaged here."""
     context: Context | None
     """Among which ranks a micro batch is divided; absent: each holds its own."""
+    tensor: TensorRanks
 
     @property
     def is_main(self) -> bool:
@@ -100,15 +113,19 @@ def check_layout(config: Config, world_size: int) -> None:
         ConfigError: a degree that this release does not have, or a batch that does not divide.
     """
     _refuse_degrees(config.parallel)
-    batch, micro, context = config.training.global_batch_size, config.training.micro_batch_size, config.parallel.context
-    if world_size % context:
-        divisors = [n for n in range(1, world_size + 1) if world_size % n == 0]
-        nearest = sorted(sorted(divisors, key=lambda n: abs(n - context))[:2])
-        raise ConfigError(
-            f"parallel.context is {context}: does not divide the {world_size} processes;"
-            f" nearest: {' or '.join(map(str, nearest))}"
+    _check_heads(config)
+    tensor, context = config.parallel.tensor, config.parallel.context
+    if world_size % (tensor * context):
+        name, degree, ranks = (
+            ("tensor", tensor, world_size) if world_size % tensor else ("context", context, world_size // tensor)
         )
-    shares = world_size // context
+        per = "" if ranks == world_size else f" / tensor {tensor} = {ranks}"
+        raise ConfigError(
+            f"parallel.{name} is {degree}: does not divide the {world_size} processes{per};"
+            f" nearest: {_nearest_divisors(degree, ranks)}"
+        )
+    shares = world_size // (tensor * context)
+    batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     if batch % (micro * shares):
         lower, upper = batch // (micro * shares), batch // (micro * shares) + 1
         nearest_batch = " or ".join(str(n * micro * shares) for n in (lower, upper) if n)
@@ -119,13 +136,46 @@ def check_layout(config: Config, world_size: int) -> None:
 
 
 def _refuse_degrees(parallel: ParallelConfig) -> None:
-    for name in ("tensor", "pipeline"):
-        if (degree := getattr(parallel, name)) != 1:
-            raise ConfigError(
-                f"parallel.{name} is {degree}: this release computes with degree 1 only; set parallel.{name}=1"
-            )
+    if parallel.pipeline != 1:
+        raise ConfigError(
+            f"parallel.pipeline is {parallel.pipeline}: this release computes with degree 1 only;"
+            " set parallel.pipeline=1"
+        )
     if parallel.sequence:
-        raise ConfigError("parallel.sequence is true: it needs parallel.tensor above 1, which this release lacks")
+        raise ConfigError("parallel.sequence is true: this release lacks it; set parallel.sequence=false")
+
+
+def _check_heads(config: Config) -> None:
+    """Refuse a tensor degree by which something that it divides cannot be divided."""
+    model, degree = config.model, config.parallel.tensor
+    counts: dict[str, int] = {}
+    if "H" in model.layer_kinds:
+        counts["Hydra heads (expand * d_model / headdim)"] = model.mixer.expand * model.d_model // model.mixer.headdim
+    if "A" in model.layer_kinds:
+        counts["model.attention.num_heads"] = model.attention.num_heads
+    if "M" in model.layer_kinds:
+        counts["width of the MLP"] = round(model.mlp.expansion * model.d_model)
+    for what, count in counts.items():
+        if count % degree:
+            raise ConfigError(
+                f"parallel.tensor is {degree}: does not divide the {count} of {what};"
+                f" nearest: {_nearest_divisors(degree, count)}"
+            )
+    groups = model.mixer.ngroups
+    if "H" in model.layer_kinds and groups % degree and degree % groups:
+        fitting = [n for n in range(1, 2 * max(groups, degree) + 1) if groups % n == 0 or n % groups == 0]
+        raise ConfigError(
+            f"parallel.tensor is {degree}: neither divides model.mixer.ngroups {groups} nor is divided by it;"
+            f" nearest: {_two_nearest(degree, fitting)}"
+        )
+
+
+def _nearest_divisors(degree: int, count: int) -> str:
+    return _two_nearest(degree, [n for n in range(1, count + 1) if count % n == 0])
+
+
+def _two_nearest(wanted: int, choices: list[int]) -> str:
+    return " or ".join(map(str, sorted(sorted(choices, key=lambda n: abs(n - wanted))[:2])))
 
 
 @contextmanager
@@ -172,6 +222,7 @@ def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta)
         data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         context=_context(parallel),
+        tensor=TensorRanks(parallel_state.get_tensor_model_parallel_rank(), parallel.tensor),
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from hydra_scale.parallel.placement import Placement
+
 
 @dataclass(frozen=True)
 class Rectangle:
@@ -58,6 +60,25 @@ def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterat
     base = index * prod(shape[1:])
     for flat, part in flat_range(start - base, stop - base, shape[1:]):
         yield base + flat, Rectangle((index, *part.offset), (1, *part.size))
+
+
+def placed(box: Rectangle, placement: Placement) -> Iterator[tuple[Rectangle, tuple[slice, ...]]]:
+    """The rectangles of the global tensor that a rectangle of a rank's part of it is, each with its index in `box`."""
+    if not placement.stretches:
+        yield box, ()
+        return
+    dim = placement.dim
+    for here, start, length in placement.pieces():
+        begin = max(box.offset[dim], here)
+        size = min(box.offset[dim] + box.size[dim], here + length) - begin
+        if size <= 0:
+            continue
+        inner = Rectangle(_with(box.offset, dim, begin), _with(box.size, dim, size))
+        yield Rectangle(_with(inner.offset, dim, begin - here + start), inner.size), inner.within(box)
+
+
+def _with(values: tuple[int, ...], index: int, value: int) -> tuple[int, ...]:
+    return (*values[:index], value, *values[index + 1 :])
 
 
 def check_cover(shape: tuple[int, ...], parts: list[Rectangle]) -> str | None:

@@ -7,7 +7,7 @@ from types import TracebackType
 import torch
 from safetensors import safe_open
 
-from hydra_scale.checkpoint.geometry import Rectangle, flat_range
+from hydra_scale.checkpoint.geometry import Rectangle, flat_range, placed
 from hydra_scale.checkpoint.manifest import CheckpointManifest, TensorEntry, read_manifest
 from hydra_scale.errors import CheckpointError
 from hydra_scale.parallel.zero import MOMENTS, LocalSlice
@@ -51,10 +51,13 @@ class CheckpointReader:
             for kind in ("parameter", *MOMENTS):
                 name, flat = f"{kind}/{part.name}", getattr(part, kind)
                 shape = self._entry(name).shape
-                if shape != part.shape:
-                    raise CheckpointError(f"{self.folder}: {name} has shape {shape}, the model expects {part.shape}")
+                expected = part.placement.shape
+                if shape != expected:
+                    raise CheckpointError(f"{self.folder}: {name} has shape {shape}, the model expects {expected}")
                 for start, box in flat_range(part.start, part.start + flat.numel(), part.shape):
-                    self._fill(name, flat.narrow(0, start - part.start, box.num_elements).view(box.size), box)
+                    view = flat.narrow(0, start - part.start, box.num_elements).view(box.size)
+                    for source, index in placed(box, part.placement):
+                        self._fill(name, view[index], source)
 
     def check_names(self, expected: set[str]) -> None:
         """Raises CheckpointError if the parameters are not exactly those of the model."""

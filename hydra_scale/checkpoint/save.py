@@ -10,7 +10,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, publish, sha256_file
-from hydra_scale.checkpoint.geometry import flat_range
+from hydra_scale.checkpoint.geometry import flat_range, placed
 from hydra_scale.checkpoint.manifest import VERSION, CheckpointManifest, FileEntry, Piece, TensorEntry
 from hydra_scale.errors import CheckpointError
 from hydra_scale.parallel.zero import MOMENTS, LocalSlice
@@ -56,14 +56,17 @@ def _write_own_file(folder: Path, rank: int, slices: Iterable[LocalSlice]) -> tu
     tensors: dict[str, torch.Tensor] = {}
     records: list[Record] = []
     for part in slices:
+        if part.is_copy:
+            continue
         for kind in ("parameter", *MOMENTS):
             name, flat = f"{kind}/{part.name}", getattr(part, kind)
             for start, box in flat_range(part.start, part.start + flat.numel(), part.shape):
-                key = f"{name}@{'_'.join(map(str, box.offset))}"
                 view = flat.narrow(0, start - part.start, box.num_elements).view(box.size)
-                tensors[key] = view.detach().to("cpu", copy=True)
-                piece = Piece(file=file, key=key, offset=box.offset, size=box.size)
-                records.append((name, str(view.dtype).removeprefix("torch."), part.shape, piece))
+                for target, index in placed(box, part.placement):
+                    key = f"{name}@{'_'.join(map(str, target.offset))}"
+                    tensors[key] = view[index].detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+                    piece = Piece(file=file, key=key, offset=target.offset, size=target.size)
+                    records.append((name, str(view.dtype).removeprefix("torch."), part.placement.shape, piece))
     path = folder / file
     save_file(tensors, path)
     return file, FileEntry(bytes=path.stat().st_size, sha256=sha256_file(path)), records

@@ -6,7 +6,8 @@ from torch import nn
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.context import gather_rows
-from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
+from hydra_scale.parallel.tensor import ColumnLinear, RowLinear, share
+from hydra_scale.topology import ALONE, TensorRanks
 
 
 class Attention(nn.Module):
@@ -15,15 +16,19 @@ class Attention(nn.Module):
     Under context parallelism keys and values of all ranks are gathered; queries stay where they are.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
-        self.num_heads = config.attention.num_heads
-        self.qkv = ColumnLinear(config.d_model, 3 * config.d_model, bias=True)
-        self.out_proj = RowLinear(config.d_model, config.d_model, bias=True)
+        width = config.d_model
+        self.num_heads = config.attention.num_heads // tensor.size
+        own, length = share(width, tensor)
+        stretches = tuple((part * width + own, length) for part in range(3))  # of q, of k, of v
+        self.qkv = ColumnLinear(width, 3 * width, bias=True, tensor=tensor, stretches=stretches)
+        self.out_proj = RowLinear(width, width, bias=True, tensor=tensor)
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        q_TD, kv_TE = self.qkv(x_TD).tensor_split([x_TD.shape[1]], dim=1)
+        qkv_TE = self.qkv(x_TD)
+        q_TD, kv_TE = qkv_TE.tensor_split([qkv_TE.shape[1] // 3], dim=1)
         if stretch.context is not None:
             kv_TE = gather_rows(kv_TE, stretch.first, stretch.num_tokens, stretch.context)
         pieces = stretch.documents

@@ -9,7 +9,7 @@ from hydra_scale.config import Config, OptimizerConfig
 from hydra_scale.errors import ConfigError
 from hydra_scale.model.initialise import initialise
 from hydra_scale.model.masked_lm import MaskedLanguageModel
-from hydra_scale.topology import Context
+from hydra_scale.topology import ALONE, Context, TensorRanks
 
 _VOCAB_MULTIPLE = 64  # a whole number of tiles for the output product
 
@@ -32,10 +32,23 @@ def vocab_size_for(config: Config, tokenizer_size: int) -> int:
 
 
 def build_model(
-    config: Config, vocab_size: int, device: torch.device, context: Context | None = None
+    config: Config,
+    vocab_size: int,
+    device: torch.device,
+    context: Context | None = None,
+    tensor: TensorRanks = ALONE,
 ) -> MaskedLanguageModel:
-    """The model of a run with its initial weights, in fp32, on its device."""
-    model = MaskedLanguageModel(config.model, vocab_size, dropout_key=config.training.seed, context=context)
+    """This rank's part of the model of a run with its initial weights, in fp32, on its device.
+
+    Raises:
+        ConfigError: the vocabulary cannot be divided over the tensor parallel ranks.
+    """
+    if vocab_size % tensor.size:
+        raise ConfigError(
+            f"model.vocab_size is {vocab_size}: not divisible by parallel.tensor {tensor.size};"
+            f" nearest: {-(-vocab_size // tensor.size) * tensor.size}"
+        )
+    model = MaskedLanguageModel(config.model, vocab_size, config.training.seed, context, tensor)
     initialise(model, config.model, config.training.seed)
     return model.to(device)
 

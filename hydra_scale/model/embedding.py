@@ -7,14 +7,15 @@ from hydra_scale.config import ModelConfig
 from hydra_scale.model.dropout import keyed_dropout
 from hydra_scale.model.norm import LayerNorm
 from hydra_scale.parallel.tensor import WordEmbedding
+from hydra_scale.topology import ALONE, TensorRanks
 
 
 class Embedding(nn.Module):
     """Word, segment and optional learned position embedding, normalised."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int, dropout_key: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, dropout_key: int, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
-        self.word = WordEmbedding(vocab_size, config.d_model)
+        self.word = WordEmbedding(vocab_size, config.d_model, tensor)
         self.segment = nn.Embedding(config.type_vocab_size, config.d_model)
         learned = config.position_embedding == "learned"
         self.position = nn.Embedding(config.max_positions, config.d_model) if learned else None

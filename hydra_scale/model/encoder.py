@@ -9,6 +9,7 @@ from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
 from hydra_scale.model.stretch import Stretch
+from hydra_scale.topology import ALONE, TensorRanks
 
 MIXERS = {"H": HydraLayerMixer, "A": Attention, "M": Mlp}
 """Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, stretch)."""
@@ -17,9 +18,9 @@ MIXERS = {"H": HydraLayerMixer, "A": Attention, "M": Mlp}
 class Layer(nn.Module):
     """norm(x + mixer(x)) (post) or x + mixer(norm(x)) (pre); the residual stream stays in fp32 under autocast."""
 
-    def __init__(self, config: ModelConfig, kind: str) -> None:
+    def __init__(self, config: ModelConfig, kind: str, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
-        self.mixer = MIXERS[kind](config)
+        self.mixer = MIXERS[kind](config, tensor)
         self.norm = make_norm(config, config.norm_eps)
         self._pre_norm = config.norm_position == "pre"
 
@@ -33,9 +34,9 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """`num_layers` layers whose kinds repeat `layer_pattern`; a final norm if the layers are pre-norm."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config, kind) for kind in config.layer_kinds)
+        self.layers = nn.ModuleList(Layer(config, kind, tensor) for kind in config.layer_kinds)
         pre_norm = config.norm_position == "pre"
         self.final_norm = make_norm(config, config.embedding_norm_eps) if pre_norm else None
 

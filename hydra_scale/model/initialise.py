@@ -11,15 +11,19 @@ import torch
 from torch import nn
 
 from hydra_scale.config import ModelConfig
+from hydra_scale.parallel.placement import global_name, placement_of
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, config: ModelConfig, seed: int) -> None:
     """Draw every parameter of a `MaskedLanguageModel` in place."""
-    for name, parameter in model.named_parameters():
+    for local_name, parameter in model.named_parameters():
+        name, placement = global_name(local_name, parameter), placement_of(parameter)
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-        _draw(name, parameter, config, generator)
+        whole = torch.empty(placement.shape, dtype=parameter.dtype)
+        _draw(name, whole, config, generator)
+        parameter.copy_(placement.part_of(whole))
 
 
 def _draw(name: str, parameter: torch.Tensor, config: ModelConfig, generator: torch.Generator) -> None:

@@ -11,8 +11,8 @@ from hydra_scale.model.embedding import Embedding
 from hydra_scale.model.encoder import Encoder
 from hydra_scale.model.norm import LayerNorm
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.parallel.tensor import cross_entropy
-from hydra_scale.topology import Context
+from hydra_scale.parallel.tensor import cross_entropy, divided, likeliest, share, vocabulary_logits
+from hydra_scale.topology import ALONE, Context, TensorRanks
 
 
 class MaskedTokens(Protocol):
@@ -46,30 +46,36 @@ class LossSums(NamedTuple):
 class MaskedLanguageModelHead(nn.Module):
     """dense, GELU, LayerNorm, then the word embedding as output matrix (tied) plus a bias."""
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
+        self._tensor = tensor
         self.dense = nn.Linear(config.d_model, config.d_model)
         self.norm = LayerNorm(config.d_model, eps=config.embedding_norm_eps)
-        self.bias = nn.Parameter(torch.empty(vocab_size))
+        self.bias = divided((vocab_size,), (share(vocab_size, tensor),))
 
     def forward(self, x_MD: torch.Tensor, word_embedding_VD: torch.Tensor) -> torch.Tensor:
-        """Logits (M, V)."""
+        """Logits (M, V), of this rank's part of the vocabulary."""
         x_MD = self.norm(nn.functional.gelu(self.dense(x_MD)))
-        return nn.functional.linear(x_MD, word_embedding_VD, self.bias)
+        return vocabulary_logits(x_MD, word_embedding_VD, self.bias, self._tensor)
 
 
 class MaskedLanguageModel(nn.Module):
     """Hydra encoder with a masked language model head; parameter names are the logical names of checkpoints."""
 
     def __init__(
-        self, config: ModelConfig, vocab_size: int, dropout_key: int = 0, context: Context | None = None
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        dropout_key: int = 0,
+        context: Context | None = None,
+        tensor: TensorRanks = ALONE,
     ) -> None:
         """`context`: the ranks among which each micro batch is divided; absent: it lies here whole."""
         super().__init__()
-        self._context, self._halo = context, config.mixer.d_conv // 2
-        self.embedding = Embedding(config, vocab_size, dropout_key)
-        self.encoder = Encoder(config)
-        self.head = MaskedLanguageModelHead(config, vocab_size)
+        self._context, self._halo, self._tensor = context, config.mixer.d_conv // 2, tensor
+        self.embedding = Embedding(config, vocab_size, dropout_key, tensor)
+        self.encoder = Encoder(config, tensor)
+        self.head = MaskedLanguageModelHead(config, vocab_size, tensor)
 
     def hidden(self, batch: MaskedTokens) -> torch.Tensor:
         """Final vectors (T, D) of all tokens."""
@@ -85,11 +91,11 @@ class MaskedLanguageModel(nn.Module):
         return self.encoder(x_TD, stretch)
 
     def logits(self, batch: MaskedTokens) -> torch.Tensor:
-        """Scores (M, V) of every token at the masked positions."""
+        """Scores (M, V) of the tokens, this rank's part of them, at the masked positions."""
         return self.head(self.hidden(batch).index_select(0, batch.masked_positions), self.embedding.word.weight)
 
     def forward(self, batch: MaskedTokens) -> LossSums:
         """Summed loss and number of right predictions at the masked positions."""
         logits_MV = self.logits(batch)
-        loss = cross_entropy(logits_MV, batch.targets).sum()
-        return LossSums(loss, (logits_MV.detach().argmax(-1) == batch.targets).sum())
+        loss = cross_entropy(logits_MV, batch.targets, self._tensor).sum()
+        return LossSums(loss, (likeliest(logits_MV, self._tensor) == batch.targets).sum())

@@ -5,65 +5,100 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_kernels import gated_rms_norm, hydra_mix, quasiseparable_scan, scan_operands
+from hydra_kernels import gated_rms_norm, hydra_mix, quasiseparable_scan, scan_operands, sum_of_squares
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.stretch import Stretch, at_open_ends, border_states
 from hydra_scale.parallel.context import exchange_states, with_halo
-from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
-from hydra_scale.topology import Context
+from hydra_scale.parallel.tensor import (
+    ColumnLinear,
+    RowLinear,
+    SharedRows,
+    Stretches,
+    divided,
+    share,
+    sum_for_all,
+    sum_for_heads,
+)
+from hydra_scale.topology import ALONE, TensorRanks
 
 
 class HydraLayerMixer(nn.Module):
     """Quasiseparable mixer over documents laid end to end; no document sees another.
 
-    Parameter names and shapes are those of the public Hydra class (`hydra_kernels.HydraMixer`). The input
+    Parameter names and, whole, shapes are those of the public Hydra class (`hydra_kernels.HydraMixer`). The input
     projection's rows are [z | x | B_forward C_forward B_backward C_backward | dt_forward dt_backward].
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
         mixer = config.mixer
         d_inner = mixer.expand * config.d_model
         nheads = d_inner // mixer.headdim
-        d_conv_channels = d_inner + 4 * mixer.ngroups * mixer.d_state
-        self._mixer = mixer
-        self.in_proj = ColumnLinear(config.d_model, d_inner + d_conv_channels + 2 * nheads, bias=mixer.bias)
-        self.conv1d = nn.Conv1d(
-            d_conv_channels, d_conv_channels, mixer.d_conv, groups=d_conv_channels, bias=mixer.conv_bias
+        channels = d_inner + 4 * mixer.ngroups * mixer.d_state
+        rows = _RowsOfHeads(d_inner, nheads, mixer.ngroups, mixer.d_state, tensor)
+        self._mixer, self._tensor, self._d_inner = mixer, tensor, d_inner
+        self._ngroups = max(1, mixer.ngroups // tensor.size)
+        self.in_proj = ColumnLinear(
+            config.d_model,
+            d_inner + channels + 2 * nheads,
+            bias=mixer.bias,
+            tensor=tensor,
+            stretches=rows.of_projection(),
+            shared=rows.shared(first=2 * d_inner, before=2 * rows.channels[1]),
         )
-        self.dt_bias = nn.Parameter(torch.empty(nheads))
-        self.A_log = nn.Parameter(torch.empty(nheads))
-        self.D = nn.Parameter(torch.empty(nheads))
-        self.fc_D = nn.Linear(d_inner, nheads, bias=False)
-        self.norm = nn.RMSNorm(d_inner)
-        self.out_proj = RowLinear(d_inner, config.d_model, bias=mixer.bias)
+        self.conv1d = HeldWeights(
+            {"weight": (channels, 1, mixer.d_conv)} | ({"bias": (channels,)} if mixer.conv_bias else {}),
+            rows.of_convolution(),
+            rows.shared(first=d_inner, before=rows.channels[1]),
+        )
+        self.dt_bias, self.A_log, self.D = (divided((nheads,), (rows.heads,)) for _ in range(3))
+        self.fc_D = HeldWeights({"weight": (nheads, d_inner)}, (rows.channels,), dim=1)
+        self.norm = HeldWeights({"weight": (d_inner,)}, (rows.channels,))
+        self.out_proj = RowLinear(d_inner, config.d_model, bias=mixer.bias, tensor=tensor)
         self.init_states: nn.Parameter | None = None
         if mixer.learnable_init_states:
-            self.init_states = nn.Parameter(torch.empty(nheads, mixer.headdim, mixer.d_state))
+            self.init_states = divided((nheads, mixer.headdim, mixer.d_state), (rows.heads,))
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        if stretch.context is not None:
-            return self.out_proj(self._mix_with_neighbours(x_TD, stretch, stretch.context))
+        if stretch.context is not None or self._tensor.size > 1:
+            return self.out_proj(self._mix_a_part(x_TD, stretch))
         mixed_1TE = hydra_mix(
             self.in_proj(x_TD)[None],
             **self._operands(),
-            norm_weight=self.norm.weight,
+            norm_weight=self.norm("weight"),
             init_states=self.init_states,
             chunk_size=self._mixer.chunk_size,
             cu_seqlens=stretch.documents,
         )
         return self.out_proj(mixed_1TE[0])
 
-    def _mix_with_neighbours(self, x_TD: torch.Tensor, stretch: Stretch, context: Context) -> torch.Tensor:
-        """The same where documents go on on other ranks: rows for the convolution and states for the scan arrive."""
-        halo, backend = stretch.halo, self._mixer.backend
-        projected_1TE = self.in_proj(with_halo(x_TD, halo, context))[None]
-        wide = scan_operands(projected_1TE, **self._operands(), cu_seqlens=stretch.documents_with_halo)
-        here = slice(halo, halo + len(x_TD))
+    def _mix_a_part(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
+        """The same where this rank holds some of the heads, some of the tokens, or both.
+
+        Other heads enter fc_D and the norm, by a sum each; other tokens the convolution, by the rows beside this
+        stretch, and the scan, by the states that enter it.
+        """
+        context, divided_heads = stretch.context, self._tensor.size > 1
+        x_TD = x_TD if context is None else with_halo(x_TD, stretch.halo, context)
+        wide = scan_operands(
+            self.in_proj(x_TD)[None],
+            **self._operands(),
+            cu_seqlens=stretch.documents if context is None else stretch.documents_with_halo,
+            sum_for_heads=sum_for_heads if divided_heads else None,
+        )
+        halo = 0 if context is None else stretch.halo
+        here = slice(halo, halo + stretch.end - stretch.first)
         x, dt, B, C = wide.x_BLHP[:, here], wide.dt_2BLH[:, :, here], wide.B_2BLGN[:, :, here], wide.C_2BLGN[:, :, here]
-        own, decay, readout = border_states(x[0], dt[:, 0], wide.A_H, B[:, 0], C[:, 0], self.init_states, stretch)
-        entering, outside = exchange_states(own, decay, readout, context)
+        entering: torch.Tensor | None = self.init_states
+        outside: torch.Tensor | None = None
+        if context is not None:
+            border = border_states(x[0], dt[:, 0], wide.A_H, B[:, 0], C[:, 0], self.init_states, stretch)
+            states, readout = exchange_states(*border, context)
+            entering = at_open_ends(states, self.init_states, stretch)
+            outside = at_open_ends(readout, None, stretch)
+        elif entering is not None:
+            entering = entering.expand(2, len(stretch.documents.lengths), -1, -1, -1)
         y_1THP = quasiseparable_scan(
             x,
             dt,
@@ -72,26 +107,83 @@ class HydraLayerMixer(nn.Module):
             C,
             diagonal_BLH=wide.diagonal_BLH[:, here],
             cu_seqlens=stretch.documents,
-            initial_states=at_open_ends(entering, self.init_states, stretch),
-            initial_readout=at_open_ends(outside, None, stretch),
+            initial_states=entering,
+            initial_readout=outside,
             chunk_size=self._mixer.chunk_size,
-            backend=backend,
+            backend=self._mixer.backend,
         )
         assert isinstance(y_1THP, torch.Tensor)
-        return gated_rms_norm(y_1THP.flatten(2), wide.z_BLI[:, here], self.norm.weight)[0]
+        y_1TI = y_1THP.flatten(2)
+        squares = sum_for_all(sum_of_squares(y_1TI)) if divided_heads else None
+        weight = self.norm("weight")
+        return gated_rms_norm(y_1TI, wide.z_BLI[:, here], weight, squares_BL1=squares, width=self._d_inner)[0]
 
     def _operands(self) -> dict[str, Any]:
         mixer = self._mixer
         return {
-            "conv_weight": self.conv1d.weight,
-            "conv_bias": self.conv1d.bias,
+            "conv_weight": self.conv1d("weight"),
+            "conv_bias": self.conv1d("bias") if mixer.conv_bias else None,
             "dt_bias": self.dt_bias,
             "A_log": self.A_log,
             "D": self.D,
-            "fc_D_weight": self.fc_D.weight,
+            "fc_D_weight": self.fc_D("weight"),
             "headdim": mixer.headdim,
             "d_state": mixer.d_state,
-            "ngroups": mixer.ngroups,
+            "ngroups": self._ngroups,
             "dt_limit": mixer.dt_limit,
             "backend": mixer.backend,
         }
+
+
+class _RowsOfHeads:
+    """Which rows of the projection and channels of the convolution belong to a rank's heads.
+
+    B and C go with their groups of heads; where there are fewer groups than ranks, all ranks hold them, and each
+    computes the one group that its heads read.
+    """
+
+    def __init__(self, d_inner: int, nheads: int, ngroups: int, d_state: int, tensor: TensorRanks) -> None:
+        self._d_inner, self._nheads, self._readers, self._tensor = d_inner, nheads, ngroups * d_state, tensor
+        self.channels, self.heads = share(d_inner, tensor), share(nheads, tensor)
+        self._divides_groups = ngroups % tensor.size == 0
+        start, length = share(self._readers, tensor)
+        if not self._divides_groups:
+            start, length = self.heads[0] * ngroups // nheads * d_state, d_state
+        self._own_readers = tuple((part * self._readers + start, length) for part in range(4))
+
+    def of_convolution(self) -> Stretches:
+        """Channels of x, then of B and C unless they are shared."""
+        readers = self._own_readers if self._divides_groups else ()
+        return (self.channels, *((self._d_inner + start, length) for start, length in readers))
+
+    def of_projection(self) -> Stretches:
+        """Rows of z, those of the convolution, and of both dt."""
+        steps = 2 * self._d_inner + 4 * self._readers
+        start, length = self.heads
+        convolved = ((self._d_inner + first, count) for first, count in self.of_convolution())
+        return (self.channels, *convolved, (steps + start, length), (steps + self._nheads + start, length))
+
+    def shared(self, first: int, before: int) -> SharedRows | None:
+        """B and C where all ranks hold them: rows from `first` on, behind `before` of the rank's own."""
+        if self._divides_groups:
+            return None
+        return SharedRows(first, 4 * self._readers, self._own_readers, before, is_copy=self._tensor.rank > 0)
+
+
+class HeldWeights(nn.Module):
+    """Weights that an operation of hydra_kernels reads, under the names of the published class: of a rank, its part."""
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, ...]], stretches: Stretches, shared: SharedRows | None = None, dim: int = 0
+    ) -> None:
+        super().__init__()
+        self._shared = shared
+        for name, shape in shapes.items():
+            self.register_parameter(name, divided(shape, stretches, dim))
+            if shared is not None:
+                self.register_parameter(f"shared_{name}", shared.parameter(shape, name))
+
+    def forward(self, name: str) -> torch.Tensor:
+        """The weight called `name`, with what is shared; a call, so that ZeRO 3 gathers it."""
+        own: torch.Tensor = getattr(self, name)
+        return own if self._shared is None else self._shared.join(own, getattr(self, f"shared_{name}"))

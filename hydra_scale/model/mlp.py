@@ -6,16 +6,17 @@ from torch import nn
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.tensor import ColumnLinear, RowLinear
+from hydra_scale.topology import ALONE, TensorRanks
 
 
 class Mlp(nn.Module):
     """down(gelu(up(x)))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
         width = round(config.mlp.expansion * config.d_model)
-        self.up = ColumnLinear(config.d_model, width, bias=True)
-        self.down = RowLinear(width, config.d_model, bias=True)
+        self.up = ColumnLinear(config.d_model, width, bias=True, tensor=tensor)
+        self.down = RowLinear(width, config.d_model, bias=True, tensor=tensor)
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D); documents do not matter here."""

@@ -17,6 +17,7 @@ from torch import nn
 from hydra_scale.accelerator import import_deepspeed
 from hydra_scale.config import Config
 from hydra_scale.errors import CheckpointError
+from hydra_scale.parallel.placement import Placement, global_name, placement_of
 from hydra_scale.topology import Topology
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -24,14 +25,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class LocalSlice:
-    """This rank's part of one parameter: elements [start, start + len) of the flattened tensor, in fp32."""
+    """Elements [start, start + len) of a flattened parameter of this rank, in fp32, and where it belongs."""
 
     name: str
+    """Of the global tensor."""
     shape: tuple[int, ...]
+    """Of the parameter as this rank holds it."""
     start: int
     parameter: torch.Tensor
     exp_avg: torch.Tensor
     exp_avg_sq: torch.Tensor
+    divided: Placement | None = None
+    """Where the parameter belongs in the global tensor; absent: it is the global tensor."""
+    is_copy: bool = False
+    """Another rank has the same, and it is that one's to save."""
+
+    @property
+    def placement(self) -> Placement:
+        return self.divided or Placement.whole(self.shape)
 
 
 class ZeroOptimizer:
@@ -40,6 +51,7 @@ class ZeroOptimizer:
     def __init__(self, model: nn.Module, config: Config, topology: Topology, groups: list[dict[str, Any]]) -> None:
         """`groups` are AdamW parameter groups with their weight decay; every trainable parameter is in one."""
         self._parameters = dict(model.named_parameters())
+        self._is_first_tensor_rank = topology.tensor.rank == 0
         optimizer = torch.optim.AdamW(
             groups, lr=config.optimizer.lr, betas=config.optimizer.betas, eps=config.optimizer.eps, fused=True
         )
@@ -74,10 +86,7 @@ class ZeroOptimizer:
 
     def local_slices(self) -> Iterator[LocalSlice]:
         """The slices of all parameters that this rank owns; views, so writing to them changes the optimizer."""
-        read = self._slice_stage_3 if self._is_stage_3 else self._slice_stage_1_2
-        for name, parameter in self._parameters.items():
-            if (found := read(name, parameter)) is not None:
-                yield found
+        return (part for part, _ in self._slices_with_weights())
 
     def prepare_load(self, step: int) -> None:
         """Make moments to be filled through `local_slices`; call `finish_load` afterwards."""
@@ -103,11 +112,16 @@ class ZeroOptimizer:
         Raises:
             CheckpointError: a slice lies elsewhere.
         """
-        for part in self.local_slices():
-            weight: Any = self._parameters[part.name]
+        for part, weight in self._slices_with_weights():
             flat = weight.ds_tensor.data if self._is_stage_3 else weight.data.flatten()[part.start :]
             if not torch.equal(flat[: part.parameter.numel()].to(part.parameter.dtype), part.parameter):
                 raise CheckpointError(f"{part.name}: the optimizer's slice at {part.start} is not this weight's slice")
+
+    def _slices_with_weights(self) -> Iterator[tuple[LocalSlice, Any]]:
+        read = self._slice_stage_3 if self._is_stage_3 else self._slice_stage_1_2
+        for name, parameter in self._parameters.items():
+            if (found := read(name, parameter)) is not None:
+                yield found, parameter
 
     def _flat_groups(self) -> list[torch.Tensor]:
         if self._is_stage_3:
@@ -135,7 +149,7 @@ class ZeroOptimizer:
         address = place.hp_fragment_address
         moments = [state[key].view(-1).narrow(0, address.start, address.numel) for key in MOMENTS]
         start = place.lp_fragment_address.start
-        return LocalSlice(name, tuple(parameter.shape), start, place.hp_fragment.data.view(-1), *moments)
+        return self._described(name, parameter, parameter.shape, start, place.hp_fragment.data.view(-1), *moments)
 
     def _slice_stage_3(self, name: str, parameter: Any) -> LocalSlice | None:
         share = parameter.ds_tensor.ds_numel
@@ -147,7 +161,17 @@ class ZeroOptimizer:
             self._zero._get_fp32_opt_state_partition(parameter, False, key)[0].data.narrow(0, 0, length)
             for key in (None, *MOMENTS)
         ]
-        return LocalSlice(name, tuple(parameter.ds_shape), start, *parts)
+        return self._described(name, parameter, parameter.ds_shape, start, *parts)
+
+    def _described(
+        self, name: str, parameter: Any, shape: torch.Size, start: int, *tensors: torch.Tensor
+    ) -> LocalSlice:
+        placement = placement_of(parameter)
+        is_copy = placement.is_copy or (placement.shape == tuple(shape) and not self._is_first_tensor_rank)
+        weight, exp_avg, exp_avg_sq = tensors
+        return LocalSlice(
+            global_name(name, parameter), tuple(shape), start, weight, exp_avg, exp_avg_sq, placement, is_copy
+        )
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:

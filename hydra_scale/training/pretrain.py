@@ -9,6 +9,7 @@ from hydra_scale.evaluation.masked_lm import evaluate
 from hydra_scale.model.build import build_model, parameter_groups, vocab_size_for
 from hydra_scale.monitor.console import logged_to
 from hydra_scale.monitor.monitor import Monitor
+from hydra_scale.parallel.placement import global_name
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
@@ -64,8 +65,8 @@ def _loop(
     held_out: EvaluationData,
     vocab_size: int,
 ) -> StopReason:
-    model = build_model(config, vocab_size, topology.accelerator.device, topology.context)
-    names = {name for name, _ in model.named_parameters()}
+    model = build_model(config, vocab_size, topology.accelerator.device, topology.context, topology.tensor)
+    names = {global_name(name, parameter) for name, parameter in model.named_parameters()}
     optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
     first_step, tokens = checkpointing.restore(names)

@@ -6,6 +6,7 @@ dt_forward dt_backward: H each]; x and the Bs and Cs go through the convolution.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -118,9 +119,14 @@ def scan_operands(
     dt_limit: tuple[float, float] = (0.0, math.inf),
     cu_seqlens: torch.Tensor | Documents | None = None,
     backend: str = "auto",
+    sum_for_heads: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> ScanOperands:
-    """The first half of `hydra_mix`, up to the scan: convolution, steps and diagonal. Arguments as there."""
-    nheads, d_inner = fc_D_weight.shape
+    """The first half of `hydra_mix`, up to the scan: convolution, steps and diagonal. Arguments as there.
+
+    With the heads divided over ranks every argument holds those of one rank but for fc_D_weight (all H, I), its
+    columns; `sum_for_heads` then sums fc_D's (B, L, all H) over the ranks and keeps the rank's own heads.
+    """
+    nheads, d_inner = dt_bias.numel(), fc_D_weight.shape[1]
     width = ngroups * d_state
     z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
     conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=cu_seqlens, backend=backend)
@@ -128,6 +134,8 @@ def scan_operands(
     Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
     diagonal_BLH = nn.functional.linear(x_BLI, fc_D_weight)
     dtype = working_dtype(projected_BLE)
+    if sum_for_heads is not None:
+        diagonal_BLH = sum_for_heads(diagonal_BLH.to(dtype))
     with without_autocast(projected_BLE):
         raw_2BLH = torch.stack(dt_BLH.to(dtype).split(nheads, dim=-1)) + dt_bias.to(dtype)
         dt_2BLH = nn.functional.softplus(raw_2BLH).clamp(*dt_limit)

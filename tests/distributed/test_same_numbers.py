@@ -50,6 +50,17 @@ LAYOUTS = [
     ("initial-states", 4, 2, "parallel.context=4 parallel.exchange=neighbour"),
     ("hybrid", 2, 8, "parallel.context=2"),
     ("hybrid", 4, 2, "parallel.context=4 zero.stage=2"),
+    ("packed", 2, 4, "parallel.tensor=2"),
+    ("packed", 4, 2, "parallel.tensor=4"),
+    ("packed", 4, 2, "parallel.tensor=2 zero.stage=2"),
+    ("packed", 4, 1, "parallel.tensor=2 zero.stage=3"),
+    ("one-document-a-sequence", 2, 4, "parallel.tensor=2"),
+    ("initial-states", 2, 4, "parallel.tensor=2"),
+    ("initial-states", 4, 4, "parallel.tensor=4"),
+    ("hybrid", 2, 4, "parallel.tensor=2"),
+    ("packed", 4, 4, "parallel.tensor=2 parallel.context=2"),
+    ("initial-states", 4, 2, "parallel.tensor=2 parallel.context=2 parallel.exchange=neighbour"),
+    ("hybrid", 4, 4, "parallel.tensor=2 parallel.context=2 zero.stage=2"),
 ]
 
 
@@ -73,10 +84,12 @@ def test_equal_to_one_process(
     assert ledger(run) == ledger(alone[settings])
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_bf16_follows_fp32(corpus: Path, alone: dict[str, Path], tmp_path: Path, num_ranks: int) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"), [(1, "zero.stage=1"), (2, "zero.stage=1"), (4, "parallel.tensor=2 parallel.context=2")]
+)
+def test_bf16_follows_fp32(corpus: Path, alone: dict[str, Path], tmp_path: Path, num_ranks: int, layout: str) -> None:
     run = tmp_path / "run"
-    settings = [*SETTINGS["packed"], "training.precision=bf16", "training.micro_batch_size=4"]
+    settings = [*SETTINGS["packed"], *layout.split(), "training.precision=bf16", "training.micro_batch_size=4"]
     run_ranks(num_ranks, train, run, [f"data.train={corpus}", *STEPS, *settings])
     assert rows(run, "loss") != rows(alone["packed"], "loss")
     assert rows(run, "loss") == pytest.approx(rows(alone["packed"], "loss"), rel=1e-2)
@@ -104,8 +117,10 @@ def test_continues_under_another_layout(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     layouts = [
         (4, "parallel.context=4 parallel.exchange=neighbour", 3),
+        (4, "parallel.tensor=4", 4),
         (2, "zero.stage=3", 5),
-        (4, "parallel.context=2 zero.stage=2", 8),
+        (4, "parallel.context=2 parallel.tensor=2 zero.stage=2", 6),
+        (4, "parallel.tensor=2 zero.stage=3", 8),
         (1, "zero.stage=1", 10),
     ]
     for num_ranks, layout, steps in layouts:

@@ -65,9 +65,6 @@ def test_bad_settings(tmp_path: Path, corpus: Path) -> None:
     assert "optimizer.lr: found 'fast'" in error(pretrain(tmp_path / "r", "optimizer.lr=fast"), 2)
     message = error(pretrain(tmp_path / "r", f"data.train={corpus}", "training.global_batch_size=6"), 2)
     assert "not divisible by micro_batch_size 4 x 1 data parallel ranks = 4; nearest: 4 or 8" in message
-    assert "parallel.tensor is 2" in error(pretrain(tmp_path / "r", f"data.train={corpus}", "parallel.tensor=2"), 2)
-    message = error(pretrain(tmp_path / "r", f"data.train={corpus}", "parallel.context=2"), 2)
-    assert "parallel.context is 2: does not divide the 1 processes; nearest: 1" in message
     assert "--model-type: found 'wordpiece'" in error(
         run("prepare", "--source", "text", "--output", tmp_path / "o", "--model-type", "wordpiece"), 2
     )

@@ -4,10 +4,12 @@ from itertools import pairwise
 from math import prod
 
 import numpy as np
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hydra_scale.checkpoint.geometry import Rectangle, check_cover, flat_range
+from hydra_scale.checkpoint.geometry import Rectangle, check_cover, flat_range, placed
+from hydra_scale.parallel.placement import Placement
 
 shapes = st.lists(st.integers(1, 5), max_size=4).map(tuple)
 
@@ -47,3 +49,25 @@ def test_intersection() -> None:
     assert a.intersect(b) == Rectangle((2, 2), (1, 1))
     assert a.intersect(Rectangle((3, 0), (1, 9))) is None
     assert Rectangle((), ()).intersect(Rectangle((), ())) == Rectangle((), ())
+
+
+@given(data=st.data(), dim=st.integers(0, 1))
+def test_parts_of_a_divided_tensor_land_at_their_place(data: st.DataObject, dim: int) -> None:
+    """Whatever flat range of whatever part: each element is found where the global tensor has it."""
+    shape = (7, 5)
+    size = shape[dim]
+    starts = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=3, unique=True))
+    stretches = tuple((start, data.draw(st.integers(1, size - start))) for start in starts)
+    placement = Placement(shape, dim, stretches)
+    whole = torch.arange(35).view(shape)
+    part = placement.part_of(whole)
+    first = data.draw(st.integers(0, part.numel()))
+    end = data.draw(st.integers(first, part.numel()))
+    seen = 0
+    for begin, box in flat_range(first, end, tuple(part.shape)):
+        view = part.flatten()[begin : begin + box.num_elements].view(box.size)
+        for target, index in placed(box, placement):
+            place = tuple(slice(offset, offset + n) for offset, n in zip(target.offset, target.size, strict=True))
+            assert torch.equal(view[index], whole[place])
+            seen += target.num_elements
+    assert seen == end - first

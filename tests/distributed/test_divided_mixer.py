@@ -1,4 +1,4 @@
-"""Context parallelism of one mixer: output and every gradient in float64, and the bytes that travel."""
+"""One mixer divided over ranks by tokens, heads or both: output and every gradient in float64; bytes that travel."""
 
 import os
 from typing import Any
@@ -10,10 +10,10 @@ import torch.distributed as dist
 from ranks import run_ranks
 
 from hydra_scale.config import MixerConfig, ModelConfig, ParallelConfig
-from hydra_scale.model.initialise import initialise
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.topology import Context, joined
+from hydra_scale.parallel.placement import global_name, placement_of
+from hydra_scale.topology import ALONE, Context, TensorRanks, joined
 
 D_MODEL, HEADDIM, D_STATE, GROUPS, TAPS = 16, 8, 5, 2, 5
 DOCUMENTS = {
@@ -24,58 +24,87 @@ DOCUMENTS = {
 }
 
 
-def mixer_and_input(num_tokens: int) -> tuple[HydraLayerMixer, torch.Tensor, torch.Tensor]:
+def mixer_and_input(
+    num_tokens: int, ngroups: int = GROUPS, tensor: TensorRanks = ALONE
+) -> tuple[HydraLayerMixer, torch.Tensor, torch.Tensor]:
     """A mixer with learnt initial states, its input and the gradient of its output, all float64."""
-    options = {"d_state": D_STATE, "d_conv": TAPS, "headdim": HEADDIM, "ngroups": GROUPS, "learnable_init_states": True}
-    config = ModelConfig(d_model=D_MODEL, num_layers=1, mixer=MixerConfig.model_validate(options))
-    mixer = HydraLayerMixer(config)
-    initialise(mixer, config, seed=3)
-    generator = torch.Generator().manual_seed(5)
+    options = {"d_state": D_STATE, "d_conv": TAPS, "headdim": HEADDIM, "ngroups": ngroups, "bias": True}
+    mixer_config = MixerConfig.model_validate(options | {"learnable_init_states": True})
+    mixer = HydraLayerMixer(ModelConfig(d_model=D_MODEL, num_layers=1, mixer=mixer_config), tensor)
     with torch.no_grad():
-        for parameter in mixer.parameters():  # nothing at zero or one, where a missing term would not show
-            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        for name, parameter in mixer.named_parameters():
+            placement = placement_of(parameter)
+            generator = torch.Generator().manual_seed(sum(map(ord, global_name(name, parameter))))
+            # nothing at zero or one, where a missing term would not show
+            parameter.copy_(placement.part_of(0.4 * torch.randn(placement.shape, generator=generator)))
+    generator = torch.Generator().manual_seed(5)
     x, grad = (torch.randn(num_tokens, D_MODEL, generator=generator, dtype=torch.float64) for _ in range(2))
     return mixer.double(), x, grad
 
 
-def computed(lengths: list[int], context: Context | None) -> dict[str, torch.Tensor]:
-    """Output rows and gradients; those of the parameters summed over the ranks."""
-    mixer, x, grad = mixer_and_input(sum(lengths))
+def computed(lengths: list[int], ngroups: int, context: Context | None, tensor: TensorRanks) -> dict[str, torch.Tensor]:
+    """Output rows and gradients; those of the parameters summed over the context ranks, at their global place."""
+    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor)
     first, end = (0, len(x)) if context is None else context.stretch(len(x))
     borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
     x_here = x[first:end].clone().requires_grad_()
     y = mixer(x_here, Stretch(borders, first, end, x.device, context, TAPS // 2))
     y.backward(grad[first:end])
-    found = {name: parameter.grad for name, parameter in mixer.named_parameters()}
-    if context is not None:
-        for gradient in found.values():
-            dist.all_reduce(gradient, group=context.group)
-    return found | {"output": y.detach(), "input": x_here.grad}
+    found: dict[str, torch.Tensor] = {"output": y.detach(), "input": x_here.grad}
+    for name, parameter in mixer.named_parameters():
+        if context is not None:
+            dist.all_reduce(parameter.grad, group=context.group)
+        placement = placement_of(parameter)
+        whole = found.setdefault(global_name(name, parameter), torch.full(placement.shape, torch.nan).double())
+        for here, start, length in placement.pieces():
+            whole.narrow(placement.dim, start, length).copy_(parameter.grad.narrow(placement.dim, here, length))
+    return found
 
 
-def on_a_rank(exchange: str) -> dict[str, dict[str, np.ndarray]]:
-    """For each case of DOCUMENTS what this rank has computed; alone if it is the only one."""
-    config = ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)
+def on_a_rank(tensor: int, exchange: str) -> dict[str, dict[str, np.ndarray]]:
+    """For each case what this rank has computed, NaN where a gradient is another rank's; alone if the only one."""
+    config = ParallelConfig(tensor=tensor, context=int(os.environ["WORLD_SIZE"]) // tensor, exchange=exchange)
     with joined(config) as topology:
-        found = {name: computed(lengths, topology.context) for name, lengths in DOCUMENTS.items()}
+        found = {
+            f"{name}, {ngroups} groups": computed(lengths, ngroups, topology.context, topology.tensor)
+            for name, lengths in DOCUMENTS.items()
+            for ngroups in (1, 2, 4)
+        }
     return {case: {name: tensor.numpy() for name, tensor in tensors.items()} for case, tensors in found.items()}
 
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, dict[str, np.ndarray]]:
-    (found,) = run_ranks(1, on_a_rank, "gather")
+    (found,) = run_ranks(1, on_a_rank, 1, "gather")
     return found
 
 
-@pytest.mark.parametrize("exchange", ["gather", "neighbour"])
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_output_and_every_gradient(alone: dict[str, dict[str, np.ndarray]], num_ranks: int, exchange: str) -> None:
-    ranks = run_ranks(num_ranks, on_a_rank, exchange)
+@pytest.mark.parametrize(
+    ("tensor", "context", "exchange"),
+    [(1, 2, "gather"), (1, 2, "neighbour"), (1, 3, "gather"), (1, 3, "neighbour"), (1, 4, "gather"),
+     (1, 4, "neighbour"), (2, 1, "gather"), (4, 1, "gather"), (2, 2, "gather"), (2, 2, "neighbour")],
+)  # fmt: skip
+def test_output_and_every_gradient(
+    alone: dict[str, dict[str, np.ndarray]], tensor: int, context: int, exchange: str
+) -> None:
+    ranks = run_ranks(tensor * context, on_a_rank, tensor, exchange)
     for case, whole in alone.items():
         for name, expected in whole.items():
             parts = [rank[case][name] for rank in ranks]
-            found = np.concatenate(parts) if name in ("output", "input") else parts[0]
-            assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected), (case, name)
+            if name in ("output", "input"):  # of the ranks that share a stretch, one after the other, each has it all
+                for place in range(tensor):
+                    assert_close(np.concatenate(parts[place::tensor]), expected, case, name)
+                continue
+            seen = np.zeros(expected.shape, dtype=bool)
+            for part in parts:
+                held = ~np.isnan(part)
+                seen |= held
+                assert_close(part[held], expected[held], case, name)
+            assert seen.all(), (case, name)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, *what: str) -> None:
+    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected), what
 
 
 def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
