@@ -220,7 +220,7 @@ class ParallelConfig(Section):
     pipeline: PositiveInt = 1
     """Ranks that share the layers."""
     sequence: bool = False
-    """Megatron sequence parallelism; needs tensor > 1."""
+    """Megatron's sequence parallelism: tensor ranks also divide the tokens between the matrices; needs tensor > 1."""
 
 
 class ZeroConfig(Section):

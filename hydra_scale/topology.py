@@ -75,6 +75,8 @@ class TensorRanks(NamedTuple):
 
     rank: int
     size: int
+    sequence: bool = False
+    """Whether they also divide the tokens of the residual stream between the matrices."""
 
 
 ALONE = TensorRanks(0, 1)
@@ -141,8 +143,11 @@ def _refuse_degrees(parallel: ParallelConfig) -> None:
             f"parallel.pipeline is {parallel.pipeline}: this release computes with degree 1 only;"
             " set parallel.pipeline=1"
         )
-    if parallel.sequence:
-        raise ConfigError("parallel.sequence is true: this release lacks it; set parallel.sequence=false")
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError(
+            "parallel.sequence is true with parallel.tensor 1: it divides tokens over tensor ranks;"
+            " raise parallel.tensor or set parallel.sequence=false"
+        )
 
 
 def _check_heads(config: Config) -> None:
@@ -222,7 +227,7 @@ def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta)
         data_size=parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         context=_context(parallel),
-        tensor=TensorRanks(parallel_state.get_tensor_model_parallel_rank(), parallel.tensor),
+        tensor=TensorRanks(parallel_state.get_tensor_model_parallel_rank(), parallel.tensor, parallel.sequence),
     )
 
 

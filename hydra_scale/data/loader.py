@@ -50,10 +50,26 @@ class Batch:
     """Of a stretch of a batch: where it begins. `cu_seqlens` and the counts of pieces stay those of the whole."""
 
     def on(self, topology: Topology) -> "Batch":
-        """What a rank holds of it, on its device: all, or its stretch under context parallelism."""
-        context = topology.context
-        here = self if context is None else self.stretch(*context.stretch(self.input_ids.numel()))
+        """What a rank holds of it, on its device: all, or its stretch under context parallelism.
+
+        Under sequence parallelism tokens are divided evenly: then a piece of nothing may follow the last.
+        """
+        context, tensor = topology.context, topology.tensor
+        size = 1 if context is None else context.size
+        whole = self.padded(size * tensor.size) if tensor.sequence else self
+        here = whole if context is None else whole.stretch(*context.stretch(whole.input_ids.numel()))
         return here.to(topology.accelerator.device)
+
+    def padded(self, multiple: int) -> "Batch":
+        """With one piece more, of token 0 and nothing to predict, to a multiple of tokens."""
+        num_tokens = self.input_ids.numel()
+        missing = -num_tokens % multiple
+        if missing == 0:
+            return self
+        tokens = {name: getattr(self, name) for name in ("input_ids", "position_ids", "token_keys")}
+        longer: dict[str, Any] = {name: torch.nn.functional.pad(t, (0, missing)) for name, t in tokens.items()}
+        end = self.cu_seqlens.new_tensor([num_tokens + missing])
+        return replace(self, cu_seqlens=torch.cat((self.cu_seqlens, end)), **longer)
 
     def stretch(self, first: int, end: int) -> "Batch":
         """Tokens [first, end) and the masked positions among them, counted from `first`."""

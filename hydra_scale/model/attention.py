@@ -6,7 +6,7 @@ from torch import nn
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.context import gather_rows
-from hydra_scale.parallel.tensor import ColumnLinear, RowLinear, share
+from hydra_scale.parallel.tensor import ColumnLinear, RowLinear, share, with_all_tokens
 from hydra_scale.topology import ALONE, TensorRanks
 
 
@@ -18,7 +18,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
-        width = config.d_model
+        width, self._tensor = config.d_model, tensor
         self.num_heads = config.attention.num_heads // tensor.size
         own, length = share(width, tensor)
         stretches = tuple((part * width + own, length) for part in range(3))  # of q, of k, of v
@@ -27,13 +27,13 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D)."""
-        qkv_TE = self.qkv(x_TD)
+        qkv_TE = self.qkv(with_all_tokens(x_TD, self._tensor))
         q_TD, kv_TE = qkv_TE.tensor_split([qkv_TE.shape[1] // 3], dim=1)
         if stretch.context is not None:
             kv_TE = gather_rows(kv_TE, stretch.first, stretch.num_tokens, stretch.context)
         pieces = stretch.documents
         num_pieces, longest = len(pieces.lengths), max(pieces.lengths)
-        tokens = torch.arange(x_TD.shape[0], device=x_TD.device)
+        tokens = torch.arange(len(q_TD), device=x_TD.device)
         piece_T = torch.searchsorted(pieces.borders, tokens, right=True) - 1
         place_T = piece_T * longest + tokens - pieces.starts_T
         q_padded = q_TD.new_zeros(num_pieces * longest, q_TD.shape[1]).index_copy(0, place_T, q_TD)

@@ -6,7 +6,7 @@ from torch import nn
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.dropout import keyed_dropout
 from hydra_scale.model.norm import LayerNorm
-from hydra_scale.parallel.tensor import WordEmbedding
+from hydra_scale.parallel.tensor import WordEmbedding, own_tokens, seen_by_all
 from hydra_scale.topology import ALONE, TensorRanks
 
 
@@ -19,15 +19,18 @@ class Embedding(nn.Module):
         self.segment = nn.Embedding(config.type_vocab_size, config.d_model)
         learned = config.position_embedding == "learned"
         self.position = nn.Embedding(config.max_positions, config.d_model) if learned else None
-        self.norm = LayerNorm(config.d_model, eps=config.embedding_norm_eps)
+        self.norm = LayerNorm(config.d_model, config.embedding_norm_eps, tensor)
+        self._tensor = tensor
         self._dropout, self._dropout_key = config.dropout, dropout_key
 
     def forward(
         self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, token_keys_T: torch.Tensor
     ) -> torch.Tensor:
-        """Vectors (T, D) of the tokens; all tokens are of segment 0."""
-        x_TD = self.word(input_ids_T) + self.segment.weight[0]
+        """Vectors (T, D) of the tokens, under sequence parallelism of this rank's; all tokens are of segment 0."""
+        x_TD = self.word(input_ids_T) + seen_by_all(self.segment.weight, self._tensor)[0]
         if self.position is not None:
-            x_TD = x_TD + self.position(position_ids_T)
+            places_T = own_tokens(position_ids_T, self._tensor)
+            x_TD = x_TD + nn.functional.embedding(places_T, seen_by_all(self.position.weight, self._tensor))
         x_TD = self.norm(x_TD)
+        token_keys_T = own_tokens(token_keys_T, self._tensor)
         return keyed_dropout(x_TD, token_keys_T, self._dropout, self._dropout_key) if self.training else x_TD

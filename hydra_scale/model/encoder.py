@@ -21,11 +21,11 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, kind: str, tensor: TensorRanks = ALONE) -> None:
         super().__init__()
         self.mixer = MIXERS[kind](config, tensor)
-        self.norm = make_norm(config, config.norm_eps)
+        self.norm = make_norm(config, config.norm_eps, tensor)
         self._pre_norm = config.norm_position == "pre"
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
-        """(T, D) -> (T, D)."""
+        """(T, D) -> (T, D), under sequence parallelism the rows of this rank's tokens."""
         if self._pre_norm:
             return x_TD + self.mixer(self.norm(x_TD), stretch)
         return self.norm(x_TD + self.mixer(x_TD, stretch))
@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.layers = nn.ModuleList(Layer(config, kind, tensor) for kind in config.layer_kinds)
         pre_norm = config.norm_position == "pre"
-        self.final_norm = make_norm(config, config.embedding_norm_eps) if pre_norm else None
+        self.final_norm = make_norm(config, config.embedding_norm_eps, tensor) if pre_norm else None
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D), documents laid end to end."""

@@ -11,7 +11,14 @@ from hydra_scale.model.embedding import Embedding
 from hydra_scale.model.encoder import Encoder
 from hydra_scale.model.norm import LayerNorm
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.parallel.tensor import cross_entropy, divided, likeliest, share, vocabulary_logits
+from hydra_scale.parallel.tensor import (
+    cross_entropy,
+    divided,
+    likeliest,
+    share,
+    vocabulary_logits,
+    with_all_tokens_alike,
+)
 from hydra_scale.topology import ALONE, Context, TensorRanks
 
 
@@ -50,7 +57,7 @@ class MaskedLanguageModelHead(nn.Module):
         super().__init__()
         self._tensor = tensor
         self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = LayerNorm(config.d_model, eps=config.embedding_norm_eps)
+        self.norm = LayerNorm(config.d_model, config.embedding_norm_eps)
         self.bias = divided((vocab_size,), (share(vocab_size, tensor),))
 
     def forward(self, x_MD: torch.Tensor, word_embedding_VD: torch.Tensor) -> torch.Tensor:
@@ -87,8 +94,8 @@ class MaskedLanguageModel(nn.Module):
                 f"parallel.context is {self._context.size}: a micro batch of {borders[-1]} tokens leaves a rank fewer"
                 f" than the {needed} that its neighbour reads; raise training.micro_batch_size or data.seqlen"
             )
-        stretch = Stretch(borders, first, first + len(x_TD), x_TD.device, self._context, self._halo)
-        return self.encoder(x_TD, stretch)
+        stretch = Stretch(borders, first, first + len(batch.input_ids), x_TD.device, self._context, self._halo)
+        return with_all_tokens_alike(self.encoder(x_TD, stretch), self._tensor)
 
     def logits(self, batch: MaskedTokens) -> torch.Tensor:
         """Scores (M, V) of the tokens, this rank's part of them, at the masked positions."""

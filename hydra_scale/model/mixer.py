@@ -18,6 +18,7 @@ from hydra_scale.parallel.tensor import (
     share,
     sum_for_all,
     sum_for_heads,
+    with_all_tokens,
 )
 from hydra_scale.topology import ALONE, TensorRanks
 
@@ -80,6 +81,7 @@ class HydraLayerMixer(nn.Module):
         stretch, and the scan, by the states that enter it.
         """
         context, divided_heads = stretch.context, self._tensor.size > 1
+        x_TD = with_all_tokens(x_TD, self._tensor)
         x_TD = x_TD if context is None else with_halo(x_TD, stretch.halo, context)
         wide = scan_operands(
             self.in_proj(x_TD)[None],

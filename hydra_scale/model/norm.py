@@ -4,21 +4,39 @@ import torch
 from torch import nn
 
 from hydra_scale.config import ModelConfig
+from hydra_scale.parallel.tensor import seen_by_all
+from hydra_scale.topology import ALONE, TensorRanks
 
 
 class LayerNorm(nn.LayerNorm):
     """LayerNorm computed and returned in the parameters' precision (fp32 under autocast)."""
 
+    def __init__(self, width: int, eps: float, tensor: TensorRanks = ALONE) -> None:
+        """`tensor`: under sequence parallelism the ranks that each normalise their own tokens."""
+        super().__init__(width, eps=eps)
+        self._tensor = tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Shape kept."""
+        weight, bias = (seen_by_all(parameter, self._tensor) for parameter in (self.weight, self.bias))
+        return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, computed and returned in the parameters' precision."""
 
+    def __init__(self, width: int, eps: float, tensor: TensorRanks = ALONE) -> None:
+        """`tensor`: under sequence parallelism the ranks that each normalise their own tokens."""
+        super().__init__(width, eps=eps)
+        self._tensor = tensor
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape kept; the input is cast to the weight's dtype."""
-        return super().forward(x.to(self.weight.dtype))
+        weight = seen_by_all(self.weight, self._tensor)
+        return nn.functional.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
 
 
-def make_norm(config: ModelConfig, eps: float) -> nn.Module:
+def make_norm(config: ModelConfig, eps: float, tensor: TensorRanks = ALONE) -> nn.Module:
     """A norm of the configured kind over d_model."""
     kind = LayerNorm if config.norm == "layernorm" else RMSNorm
-    return kind(config.d_model, eps=eps)
+    return kind(config.d_model, eps, tensor)

@@ -16,6 +16,7 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
     reduce_from_tensor_model_parallel_region,
     reduce_scatter_last_dim_to_tensor_parallel_region,
@@ -32,6 +33,7 @@ Stretches = tuple[tuple[int, int], ...]
 def _layer_config(tensor: TensorRanks) -> ModelParallelConfig:
     return ModelParallelConfig(
         tensor_model_parallel_size=tensor.size,
+        sequence_parallel=tensor.sequence,
         use_cpu_initialization=True,  # allocate on the CPU; the finished model moves to its device
         perform_initialization=False,
         params_dtype=torch.float32,
@@ -113,7 +115,9 @@ class ColumnLinear(ColumnParallelLinear):
             bias=False,
             skip_bias_add=True,
             skip_weight_param_allocation=True,
+            disable_grad_reduce=tensor.sequence,  # `with_all_tokens` sums them
         )
+        self.sequence_parallel = False  # it gathers as well
         self._shared = shared
         shapes = {"weight": (out_features, in_features)} | ({"bias": (out_features,)} if bias else {})
         for name, shape in shapes.items():
@@ -122,7 +126,7 @@ class ColumnLinear(ColumnParallelLinear):
                 setattr(self, f"shared_{name}", shared.parameter(shape, name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """In the dtype of autocast where that is on."""
+        """In the dtype of autocast where that is on. x holds all tokens (`with_all_tokens`)."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # megatron keeps its input for the backward pass as given
         product, _ = super().forward(x, weight=self._joined("weight"))
@@ -140,6 +144,7 @@ class RowLinear(RowParallelLinear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, tensor: TensorRanks) -> None:
+        self._tensor = tensor
         super().__init__(
             in_features,
             out_features,
@@ -152,20 +157,59 @@ class RowLinear(RowParallelLinear):
         place(self.weight, Placement((out_features, in_features), 1, (share(in_features, tensor),)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """In the dtype of autocast where that is on."""
-        return _with_bias(*super().forward(x))
+        """In the dtype of autocast where that is on; under sequence parallelism (this rank's tokens, out_features)."""
+        product, bias = super().forward(x)
+        return product if bias is None else _with_bias(product, seen_by_all(bias, self._tensor))
 
 
-def _with_bias(product: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    return product if bias is None else product + bias.to(product.dtype)  # an fp32 bias would make it all fp32
+def _with_bias(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return product + bias.to(product.dtype)  # an fp32 bias would make it all fp32
 
 
 class WordEmbedding(VocabParallelEmbedding):
     """Rows of a (vocab_size, d_model) table, the table split by rows over the tensor parallel ranks."""
 
     def __init__(self, vocab_size: int, d_model: int, tensor: TensorRanks) -> None:
-        super().__init__(vocab_size, d_model, init_method=_leave_uninitialised, config=_layer_config(tensor))
+        super().__init__(
+            vocab_size,
+            d_model,
+            init_method=_leave_uninitialised,
+            reduce_scatter_embeddings=tensor.sequence,
+            config=_layer_config(tensor),
+        )
         place(self.weight, Placement((vocab_size, d_model), 0, (share(vocab_size, tensor),)))
+
+    def forward(self, input_ids_T: torch.Tensor) -> torch.Tensor:
+        """Vectors (T, D); under sequence parallelism those of this rank's tokens."""
+        if self.reduce_scatter_embeddings:  # which takes (batch, tokens) and returns (this rank's tokens, batch, D)
+            return super().forward(input_ids_T[None])[:, 0]
+        return super().forward(input_ids_T)
+
+
+def own_tokens(values_T: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
+    """Of one value a token those of this rank's part of the residual stream."""
+    if not tensor.sequence:
+        return values_T
+    start, length = share(len(values_T), tensor)
+    return values_T[start : start + length]
+
+
+def with_all_tokens(x_TD: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
+    """The rows of all tensor ranks, in front of matrices that they share: gradients are summed and divided again."""
+    return gather_from_sequence_parallel_region(x_TD) if tensor.sequence else x_TD
+
+
+def with_all_tokens_alike(x_TD: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
+    """The rows of all tensor ranks, in front of what each of them computes alike: gradients are only divided again."""
+    if not tensor.sequence:
+        return x_TD
+    return gather_from_sequence_parallel_region(x_TD, tensor_parallel_output_grad=False)
+
+
+def seen_by_all(parameter: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
+    """A parameter that every rank has whole and, under sequence parallelism, uses for its own tokens: its gradient is
+    summed over the ranks, so that it stays alike."""
+    return copy_to_tensor_model_parallel_region(parameter) if tensor.sequence else parameter
 
 
 def vocabulary_logits(

@@ -22,6 +22,7 @@ def train_step(
     Raises:
         NumericsFault: the loss or the gradient norm is not finite; the weights of this step must not be kept.
     """
+    num_tokens = sum(batch.input_ids.numel() for batch in batches)
     batches = [batch.on(topology) for batch in batches]
     num_masked = int(sum_over_ranks([batch.targets.numel() for batch in batches], topology))
     scale = topology.data_size / max(1, num_masked)
@@ -42,7 +43,7 @@ def train_step(
         loss=loss_sum / max(1, num_masked),
         masked_accuracy=num_right / max(1, num_masked),
         grad_norm=grad_norm,
-        num_tokens=int(sum_over_ranks([batch.input_ids.numel() for batch in batches], topology)),
+        num_tokens=int(sum_over_ranks([num_tokens], topology)) * topology.batch_size // topology.data_size,
         num_masked=num_masked,
     )
 

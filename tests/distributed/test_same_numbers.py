@@ -61,6 +61,12 @@ LAYOUTS = [
     ("packed", 4, 4, "parallel.tensor=2 parallel.context=2"),
     ("initial-states", 4, 2, "parallel.tensor=2 parallel.context=2 parallel.exchange=neighbour"),
     ("hybrid", 4, 4, "parallel.tensor=2 parallel.context=2 zero.stage=2"),
+    ("packed", 2, 4, "parallel.tensor=2 parallel.sequence=true"),
+    ("one-document-a-sequence", 4, 2, "parallel.tensor=4 parallel.sequence=true"),
+    ("initial-states", 4, 2, "parallel.tensor=2 parallel.sequence=true zero.stage=3"),
+    ("hybrid", 2, 4, "parallel.tensor=2 parallel.sequence=true zero.stage=2"),
+    ("one-document-a-sequence", 4, 4, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
+    ("hybrid", 4, 4, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
 ]
 
 

@@ -32,6 +32,10 @@ from hydra_scale.topology import check_layout
             "parallel.tensor=4 model.d_model=96 model.mixer.headdim=8 model.mixer.ngroups=6", 4,
             "parallel.tensor is 4: neither divides model.mixer.ngroups 6 nor is divided by it; nearest: 2 or 3",
         ),
+        (
+            "parallel.sequence=true", 2,
+            "parallel.sequence is true with parallel.tensor 1: it divides tokens over tensor ranks; raise",
+        ),
         ("parallel.pipeline=2", 2, "parallel.pipeline is 2: this release computes with degree 1 only"),
         (
             "training.global_batch_size=6 parallel.context=2", 4,
