@@ -153,6 +153,17 @@ class DataConfig(Section):
     masking: MaskingConfig = MaskingConfig()
 
 
+class RecomputeConfig(Section):
+    """Activation checkpointing: less memory for a forward pass more of the layers concerned."""
+
+    kind: Literal["none", "selective", "full"] = "none"
+    """full: a layer keeps its input only; selective: also the results of the operations in `keep`."""
+    every: PositiveInt = 1
+    """Of so many layers one is concerned, the first of them."""
+    keep: tuple[Literal["mm", "addmm", "bmm"], ...] = ("mm", "addmm")
+    """PyTorch operations whose results are kept under selective: matrix products, with a bias, in batches."""
+
+
 class TrainingConfig(Section):
     """Length, batch and precision of the run."""
 
@@ -166,6 +177,7 @@ class TrainingConfig(Section):
     """Sequences a rank computes at once; divides global_batch_size over the data parallel ranks."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: products in bfloat16 under autocast; parameters, gradients, states and moments stay fp32."""
+    recompute: RecomputeConfig = RecomputeConfig()
 
 
 class EvaluationConfig(Section):

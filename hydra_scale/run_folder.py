@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
     "parallel.", "zero.", "checkpoint.", "monitor.", "evaluation.", "data.train", "data.eval",
-    "training.micro_batch_size", "training.steps", "model.mixer.backend", "model.mixer.chunk_size",
+    "training.micro_batch_size", "training.steps", "training.recompute.", "model.mixer.backend",
+    "model.mixer.chunk_size",
 )  # fmt: skip
 """Settings that a run may change when it continues: none of them changes what is computed, but for training.steps,
 which stretches the schedule. The data folders may move; their content is compared by fingerprint."""

@@ -48,7 +48,9 @@ def build_model(
             f"model.vocab_size is {vocab_size}: not divisible by parallel.tensor {tensor.size};"
             f" nearest: {-(-vocab_size // tensor.size) * tensor.size}"
         )
-    model = MaskedLanguageModel(config.model, vocab_size, config.training.seed, context, tensor)
+    model = MaskedLanguageModel(
+        config.model, vocab_size, config.training.seed, context, tensor, config.training.recompute
+    )
     initialise(model, config.model, config.training.seed)
     return model.to(device)
 

@@ -3,11 +3,12 @@
 import torch
 from torch import nn
 
-from hydra_scale.config import ModelConfig
+from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.model.attention import Attention
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
+from hydra_scale.model.recompute import KEEP_ALL, run_layer
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.topology import ALONE, TensorRanks
 
@@ -34,14 +35,15 @@ class Layer(nn.Module):
 class Encoder(nn.Module):
     """`num_layers` layers whose kinds repeat `layer_pattern`; a final norm if the layers are pre-norm."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE) -> None:
+    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE, recompute: RecomputeConfig = KEEP_ALL) -> None:
         super().__init__()
+        self._recompute = recompute
         self.layers = nn.ModuleList(Layer(config, kind, tensor) for kind in config.layer_kinds)
         pre_norm = config.norm_position == "pre"
         self.final_norm = make_norm(config, config.embedding_norm_eps, tensor) if pre_norm else None
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D), documents laid end to end."""
-        for layer in self.layers:
-            x_TD = layer(x_TD, stretch)
+        for index, layer in enumerate(self.layers):
+            x_TD = run_layer(layer, index, x_TD, stretch, self._recompute)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)

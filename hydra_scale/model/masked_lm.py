@@ -5,11 +5,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import nn
 
-from hydra_scale.config import ModelConfig
+from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.errors import ConfigError
 from hydra_scale.model.embedding import Embedding
 from hydra_scale.model.encoder import Encoder
 from hydra_scale.model.norm import LayerNorm
+from hydra_scale.model.recompute import KEEP_ALL
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.tensor import (
     cross_entropy,
@@ -76,12 +77,13 @@ class MaskedLanguageModel(nn.Module):
         dropout_key: int = 0,
         context: Context | None = None,
         tensor: TensorRanks = ALONE,
+        recompute: RecomputeConfig = KEEP_ALL,
     ) -> None:
         """`context`: the ranks among which each micro batch is divided; absent: it lies here whole."""
         super().__init__()
         self._context, self._halo, self._tensor = context, config.mixer.d_conv // 2, tensor
         self.embedding = Embedding(config, vocab_size, dropout_key, tensor)
-        self.encoder = Encoder(config, tensor)
+        self.encoder = Encoder(config, tensor, recompute)
         self.head = MaskedLanguageModelHead(config, vocab_size, tensor)
 
     def hidden(self, batch: MaskedTokens) -> torch.Tensor:
