@@ -226,9 +226,10 @@ class ParallelConfig(Section):
     """Ranks that share each matrix."""
     context: PositiveInt = 1
     """Ranks that share each micro batch, each holding a stretch of its tokens."""
-    exchange: Literal["gather", "neighbour"] = "gather"
+    exchange: Literal["gather", "neighbour", "heads"] = "gather"
     """How states travel between context ranks: in one collective to all, or from neighbour to neighbour, which sends
-    less and takes more turns: the better for many ranks."""
+    less and takes more turns: the better for many ranks. heads: tokens travel instead, each rank scanning all of them
+    for some heads; to compare with, its bytes grow with the sequence."""
     pipeline: PositiveInt = 1
     """Ranks that share the layers."""
     sequence: bool = False

@@ -57,7 +57,8 @@ class Context:
     rank: int
     size: int
     exchange: str
-    """How states travel: "gather" all of them to all ranks in one collective, or "neighbour" from rank to rank."""
+    """How states travel: "gather" all to all ranks in one collective, or "neighbour" from rank to rank. "heads": none
+    do, but tokens, so that each rank scans all of them for some heads."""
 
     def neighbour(self, step: int) -> int | None:
         """Global rank of the one `step` places to the right; absent beyond the ends."""
@@ -167,11 +168,23 @@ def _check_heads(config: Config) -> None:
                 f" nearest: {_nearest_divisors(degree, count)}"
             )
     groups = model.mixer.ngroups
+    if "H" in model.layer_kinds and config.parallel.exchange == "heads":
+        _check_heads_of_context(config, counts["Hydra heads (expand * d_model / headdim)"] // degree)
     if "H" in model.layer_kinds and groups % degree and degree % groups:
         fitting = [n for n in range(1, 2 * max(groups, degree) + 1) if groups % n == 0 or n % groups == 0]
         raise ConfigError(
             f"parallel.tensor is {degree}: neither divides model.mixer.ngroups {groups} nor is divided by it;"
             f" nearest: {_two_nearest(degree, fitting)}"
+        )
+
+
+def _check_heads_of_context(config: Config, heads: int) -> None:
+    """Where context ranks share the heads of a rank as well."""
+    context, groups = config.parallel.context, max(1, config.model.mixer.ngroups // config.parallel.tensor)
+    if heads % context or (groups % context and context % groups):
+        raise ConfigError(
+            f"parallel.exchange is heads: parallel.context {context} does not divide the {heads} heads in {groups}"
+            f" groups of a rank; nearest: {_nearest_divisors(context, heads)}, or choose another parallel.exchange"
         )
 
 

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_kernels import gated_rms_norm, hydra_mix, quasiseparable_scan, scan_operands, sum_of_squares
+from hydra_kernels import ScanOperands, gated_rms_norm, hydra_mix, scan_operands, sum_of_squares
 from hydra_scale.config import ModelConfig
-from hydra_scale.model.stretch import Stretch, at_open_ends, border_states
-from hydra_scale.parallel.context import exchange_states, with_halo
+from hydra_scale.model.scan_stretch import scan_stretch
+from hydra_scale.model.stretch import Stretch
+from hydra_scale.parallel.context import with_halo
 from hydra_scale.parallel.tensor import (
     ColumnLinear,
     RowLinear,
@@ -91,34 +92,21 @@ class HydraLayerMixer(nn.Module):
         )
         halo = 0 if context is None else stretch.halo
         here = slice(halo, halo + stretch.end - stretch.first)
-        x, dt, B, C = wide.x_BLHP[:, here], wide.dt_2BLH[:, :, here], wide.B_2BLGN[:, :, here], wide.C_2BLGN[:, :, here]
-        entering: torch.Tensor | None = self.init_states
-        outside: torch.Tensor | None = None
-        if context is not None:
-            border = border_states(x[0], dt[:, 0], wide.A_H, B[:, 0], C[:, 0], self.init_states, stretch)
-            states, readout = exchange_states(*border, context)
-            entering = at_open_ends(states, self.init_states, stretch)
-            outside = at_open_ends(readout, None, stretch)
-        elif entering is not None:
-            entering = entering.expand(2, len(stretch.documents.lengths), -1, -1, -1)
-        y_1THP = quasiseparable_scan(
-            x,
-            dt,
+        operands = ScanOperands(
+            wide.z_BLI[:, here],
+            wide.x_BLHP[:, here],
+            wide.dt_2BLH[:, :, here],
             wide.A_H,
-            B,
-            C,
-            diagonal_BLH=wide.diagonal_BLH[:, here],
-            cu_seqlens=stretch.documents,
-            initial_states=entering,
-            initial_readout=outside,
-            chunk_size=self._mixer.chunk_size,
-            backend=self._mixer.backend,
+            wide.B_2BLGN[:, :, here],
+            wide.C_2BLGN[:, :, here],
+            wide.diagonal_BLH[:, here],
         )
-        assert isinstance(y_1THP, torch.Tensor)
+        options = {"chunk_size": self._mixer.chunk_size, "backend": self._mixer.backend}
+        y_1THP = scan_stretch(operands, self.init_states, stretch, options)
         y_1TI = y_1THP.flatten(2)
         squares = sum_for_all(sum_of_squares(y_1TI)) if divided_heads else None
         weight = self.norm("weight")
-        return gated_rms_norm(y_1TI, wide.z_BLI[:, here], weight, squares_BL1=squares, width=self._d_inner)[0]
+        return gated_rms_norm(y_1TI, operands.z_BLI, weight, squares_BL1=squares, width=self._d_inner)[0]
 
     def _operands(self) -> dict[str, Any]:
         mixer = self._mixer

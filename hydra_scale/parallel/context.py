@@ -159,17 +159,73 @@ def _chain_by_neighbours(own: torch.Tensor, decay: torch.Tensor, context: Contex
     return entering
 
 
+class _TokensToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
+        ctx.num_tokens, ctx.context = num_tokens, context
+        return _tokens_to_heads(x_THX, num_tokens, context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _heads_to_tokens(grad, ctx.num_tokens, ctx.context), None, None
+
+
+class _HeadsToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
+        ctx.num_tokens, ctx.context = num_tokens, context
+        return _heads_to_tokens(x_THX, num_tokens, context)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _tokens_to_heads(grad, ctx.num_tokens, ctx.context), None, None
+
+
+def tokens_to_heads(x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
+    """From (T, all H, ...) of this rank's tokens to (all num_tokens, H / W, ...) of its heads."""
+    return _TokensToHeads.apply(x_THX, num_tokens, context)
+
+
+def heads_to_tokens(x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
+    """Undoes `tokens_to_heads`."""
+    return _HeadsToTokens.apply(x_THX, num_tokens, context)
+
+
+def _lengths(num_tokens: int, context: Context) -> list[int]:
+    stretches = (context.stretch(num_tokens, rank) for rank in range(context.size))
+    return [end - first for first, end in stretches]
+
+
+def _tokens_to_heads(x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
+    lengths = _lengths(num_tokens, context)
+    of_rank = x_THX.unflatten(1, (context.size, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+    here = [len(x_THX)] * context.size
+    result = of_rank.new_empty(num_tokens, *of_rank.shape[1:])
+    dist.all_to_all_single(result, of_rank, lengths, here, group=context.group)
+    return result
+
+
+def _heads_to_tokens(x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
+    lengths = _lengths(num_tokens, context)
+    here = lengths[context.rank]
+    received = x_THX.new_empty(context.size * here, *x_THX.shape[1:])
+    dist.all_to_all_single(received, x_THX.contiguous(), [here] * context.size, lengths, group=context.group)
+    return received.unflatten(0, (context.size, here)).transpose(0, 1).flatten(1, 2)
+
+
 class _GatherRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TE: torch.Tensor, first: int, num_rows: int, context: Context) -> torch.Tensor:
         ctx.context, ctx.rows = context, slice(first, first + len(x_TE))
-        lengths = [context.stretch(num_rows, rank) for rank in range(context.size)]
-        longest = max(end - begin for begin, end in lengths)
+        lengths = _lengths(num_rows, context)
+        longest = max(lengths)
         padded = x_TE.new_zeros(longest, x_TE.shape[1])
         padded[: len(x_TE)] = x_TE
         gathered = x_TE.new_empty(context.size, longest, x_TE.shape[1])
         dist.all_gather_into_tensor(gathered.view(-1, x_TE.shape[1]), padded, group=context.group)
-        return torch.cat([rows[: end - begin] for rows, (begin, end) in zip(gathered, lengths, strict=True)])
+        return torch.cat([rows[:length] for rows, length in zip(gathered, lengths, strict=True)])
 
     @staticmethod
     @once_differentiable

@@ -4,7 +4,7 @@ from .backends import BACKENDS
 from .border import state_after
 from .conv import depthwise_conv_silu
 from .documents import Documents
-from .mixer import HydraMixer, hydra_mix, scan_operands
+from .mixer import HydraMixer, ScanOperands, hydra_mix, scan_operands
 from .norm import gated_rms_norm, sum_of_squares
 from .scan import quasiseparable_scan
 
@@ -12,6 +12,7 @@ __all__ = [
     "BACKENDS",
     "Documents",
     "HydraMixer",
+    "ScanOperands",
     "depthwise_conv_silu",
     "gated_rms_norm",
     "hydra_mix",

@@ -82,7 +82,8 @@ def alone() -> dict[str, dict[str, np.ndarray]]:
 @pytest.mark.parametrize(
     ("tensor", "context", "exchange"),
     [(1, 2, "gather"), (1, 2, "neighbour"), (1, 3, "gather"), (1, 3, "neighbour"), (1, 4, "gather"),
-     (1, 4, "neighbour"), (2, 1, "gather"), (4, 1, "gather"), (2, 2, "gather"), (2, 2, "neighbour")],
+     (1, 4, "neighbour"), (2, 1, "gather"), (4, 1, "gather"), (2, 2, "gather"), (2, 2, "neighbour"),
+     (1, 2, "heads"), (1, 4, "heads"), (2, 2, "heads")],
 )  # fmt: skip
 def test_output_and_every_gradient(
     alone: dict[str, dict[str, np.ndarray]], tensor: int, context: int, exchange: str

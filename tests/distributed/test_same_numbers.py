@@ -48,6 +48,8 @@ LAYOUTS = [
     ("one-document-a-sequence", 4, 8, "parallel.context=4 parallel.exchange=neighbour zero.stage=3"),
     ("initial-states", 2, 4, "parallel.context=2"),
     ("initial-states", 4, 2, "parallel.context=4 parallel.exchange=neighbour"),
+    ("packed", 4, 2, "parallel.context=4 parallel.exchange=heads"),
+    ("initial-states", 4, 2, "parallel.context=2 parallel.tensor=2 parallel.exchange=heads"),
     ("hybrid", 2, 8, "parallel.context=2"),
     ("hybrid", 4, 2, "parallel.context=4 zero.stage=2"),
     ("packed", 2, 4, "parallel.tensor=2"),

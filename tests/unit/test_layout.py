@@ -36,6 +36,10 @@ from hydra_scale.topology import check_layout
             "parallel.sequence=true", 2,
             "parallel.sequence is true with parallel.tensor 1: it divides tokens over tensor ranks; raise",
         ),
+        (
+            "parallel.context=3 parallel.exchange=heads", 3,
+            "parallel.context 3 does not divide the 8 heads in 1 groups of a rank; nearest: 2 or 4",
+        ),
         ("parallel.pipeline=2", 2, "parallel.pipeline is 2: this release computes with degree 1 only"),
         (
             "training.global_batch_size=6 parallel.context=2", 4,
