@@ -25,10 +25,11 @@ DOCUMENTS = {
 
 
 def mixer_and_input(
-    num_tokens: int, ngroups: int = GROUPS, tensor: TensorRanks = ALONE
+    num_tokens: int, ngroups: int = GROUPS, tensor: TensorRanks = ALONE, backend: str = "auto"
 ) -> tuple[HydraLayerMixer, torch.Tensor, torch.Tensor]:
-    """A mixer with learnt initial states, its input and the gradient of its output, all float64."""
+    """A mixer with learnt initial states, its input and its output's gradient: float64, float32 for the kernels."""
     options = {"d_state": D_STATE, "d_conv": TAPS, "headdim": HEADDIM, "ngroups": ngroups, "bias": True}
+    options["backend"] = backend
     mixer_config = MixerConfig.model_validate(options | {"learnable_init_states": True})
     mixer = HydraLayerMixer(ModelConfig(d_model=D_MODEL, num_layers=1, mixer=mixer_config), tensor)
     with torch.no_grad():
@@ -39,12 +40,14 @@ def mixer_and_input(
             parameter.copy_(placement.part_of(0.4 * torch.randn(placement.shape, generator=generator)))
     generator = torch.Generator().manual_seed(5)
     x, grad = (torch.randn(num_tokens, D_MODEL, generator=generator, dtype=torch.float64) for _ in range(2))
-    return mixer.double(), x, grad
+    return (mixer, x.float(), grad.float()) if backend == "triton" else (mixer.double(), x, grad)
 
 
-def computed(lengths: list[int], ngroups: int, context: Context | None, tensor: TensorRanks) -> dict[str, torch.Tensor]:
+def computed(
+    lengths: list[int], ngroups: int, context: Context | None, tensor: TensorRanks, backend: str = "auto"
+) -> dict[str, torch.Tensor]:
     """Output rows and gradients; those of the parameters summed over the context ranks, at their global place."""
-    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor)
+    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor, backend)
     first, end = (0, len(x)) if context is None else context.stretch(len(x))
     borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
     x_here = x[first:end].clone().requires_grad_()
@@ -55,7 +58,7 @@ def computed(lengths: list[int], ngroups: int, context: Context | None, tensor: 
         if context is not None:
             dist.all_reduce(parameter.grad, group=context.group)
         placement = placement_of(parameter)
-        whole = found.setdefault(global_name(name, parameter), torch.full(placement.shape, torch.nan).double())
+        whole = found.setdefault(global_name(name, parameter), torch.full(placement.shape, torch.nan, dtype=y.dtype))
         for here, start, length in placement.pieces():
             whole.narrow(placement.dim, start, length).copy_(parameter.grad.narrow(placement.dim, here, length))
     return found
@@ -90,22 +93,41 @@ def test_output_and_every_gradient(
 ) -> None:
     ranks = run_ranks(tensor * context, on_a_rank, tensor, exchange)
     for case, whole in alone.items():
-        for name, expected in whole.items():
-            parts = [rank[case][name] for rank in ranks]
-            if name in ("output", "input"):  # of the ranks that share a stretch, one after the other, each has it all
-                for place in range(tensor):
-                    assert_close(np.concatenate(parts[place::tensor]), expected, case, name)
-                continue
-            seen = np.zeros(expected.shape, dtype=bool)
-            for part in parts:
-                held = ~np.isnan(part)
-                seen |= held
-                assert_close(part[held], expected[held], case, name)
-            assert seen.all(), (case, name)
+        assert_same([rank[case] for rank in ranks], whole, tensor, 1e-12, case)
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, *what: str) -> None:
-    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected), what
+def kernels_on_a_rank(exchange: str) -> dict[str, np.ndarray]:
+    """Two tensor ranks, the others of context, on the Triton kernels in their interpreter."""
+    with joined(ParallelConfig(tensor=2, context=int(os.environ["WORLD_SIZE"]) // 2, exchange=exchange)) as topology:
+        found = computed(DOCUMENTS["across-some"], 2, topology.context, topology.tensor, "triton")
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+@pytest.mark.parametrize("exchange", ["gather", "heads"])
+def test_on_the_kernels(alone: dict[str, dict[str, np.ndarray]], exchange: str) -> None:
+    assert_same(run_ranks(4, kernels_on_a_rank, exchange), alone["across-some, 2 groups"], 2, 1e-5, exchange)
+
+
+def assert_same(
+    ranks: list[dict[str, np.ndarray]], whole: dict[str, np.ndarray], tensor: int, tolerance: float, case: str
+) -> None:
+    """Rows of the ranks one after the other, and what each has of every gradient."""
+    for name, expected in whole.items():
+        parts = [rank[name] for rank in ranks]
+        if name in ("output", "input"):  # of the ranks that share a stretch each has it all
+            for place in range(tensor):
+                assert_close(np.concatenate(parts[place::tensor]), expected, tolerance, case, name)
+            continue
+        seen = np.zeros(expected.shape, dtype=bool)
+        for part in parts:
+            held = ~np.isnan(part)
+            seen |= held
+            assert_close(part[held], expected[held], tolerance, case, name)
+        assert seen.all(), (case, name)
+
+
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float, *what: str) -> None:
+    assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected), what
 
 
 def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
