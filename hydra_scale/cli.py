@@ -139,18 +139,27 @@ def evaluate(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="IN", help="Run folder or checkpoint file.")],
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Run, checkpoint, folder or file to read.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write; must not exist.")],
-    source_kind: Annotated[str, typer.Option("--from", help="run | public-hydra")],
-    target_kind: Annotated[str, typer.Option("--to", help="huggingface | public-hydra")],
+    source_kind: Annotated[str, typer.Option("--from", help="run | public-hydra | huggingface | wheel | mixer")],
+    target_kind: Annotated[str, typer.Option("--to", help="huggingface | wheel | torch-export | public-hydra | mixer")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[model.a.b=value ...]", help="What a public-hydra or mixer file does not tell."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the package, with --to wheel.")] = None,
+    package_version: Annotated[str | None, typer.Option(help="Its version, with --to wheel.  [0.1.0]")] = None,
+    layer: Annotated[int | None, typer.Option(help="Layer whose mixer is taken, with --to mixer.  [0]")] = None,
 ) -> None:
-    """Turn a trained run into another form; both models are run on the same input before it is published."""
+    """Turn an encoder into another form; both models are run on the same input before it is published."""
+    from hydra_scale.convert.convert import Options
     from hydra_scale.convert.convert import convert as run
     from hydra_scale.monitor.console import set_up_logging
 
     set_up_logging()
-    difference = run(source_kind, target_kind, source, target)
-    typer.echo(f"{target}: written; logits differ from the source by {difference:.1e} (relative)")
+    options = Options(tuple(settings or ()), name, package_version, layer)
+    difference = run(source_kind, target_kind, source, target, options)
+    typer.echo(f"{target}: written; outputs differ from the source by {difference:.1e} (relative)")
 
 
 @app.command()

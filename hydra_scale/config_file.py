@@ -11,7 +11,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hydra_scale.config import Config
+from hydra_scale.config import Config, ModelConfig
 from hydra_scale.errors import ConfigError
 
 KeyPath = tuple[str, ...]
@@ -44,6 +44,23 @@ def load_section(kind: type[AnySection], path: Path, overrides: Sequence[str] = 
 def dump_config(config: Config) -> str:
     """The resolved configuration as YAML that `load_config` reads back to the same object."""
     return yaml.safe_dump(_plain(config.model_dump()), sort_keys=False)
+
+
+def override_model(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
+    """`model` with each `model.a.b=value` of `overrides` laid over it.
+
+    Raises:
+        ConfigError: a key is not one of the model's, or a value does not fit.
+    """
+    values: dict[str, Any] = {"model": model.model_dump(), "data": {"train": "", "seqlen": 1}}
+    places = {}
+    for override in overrides:
+        keys, value = _parse_override(override)
+        if keys[0] != "model":
+            raise ConfigError(f"override {override!r}: expected the form model.key=value")
+        _assign(values, keys, value, override)
+        places[keys] = f"override {override!r}"
+    return _validate(Config, values, places, "model").model
 
 
 def flatten(values: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[str, Any]]:

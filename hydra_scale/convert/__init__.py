@@ -1,1 +1,1 @@
-"""Adapters between this system's weights and other forms, each a table of names with its inverse."""
+"""Adapters between this system's weights and other forms, each verified by running both models."""

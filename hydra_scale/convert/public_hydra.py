@@ -5,15 +5,16 @@ differs but names. Parameters of the mixer keep their names.
 """
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from hydra_scale.config import MixerConfig, ModelConfig
-from hydra_scale.convert.package import EncoderPackage
+from hydra_scale.config import ModelConfig
+from hydra_scale.config_file import flatten, override_model
+from hydra_scale.convert.bare_mixer import infer_mixer
+from hydra_scale.convert.package import EncoderPackage, Probe
+from hydra_scale.convert.tensor_file import check_suffix, read_tensors, write_tensors
 from hydra_scale.errors import CheckpointError
 
 _PAIRS = (
@@ -29,6 +30,11 @@ _PAIRS = (
 _PUBLIC_LAYER, _OUR_LAYER = re.compile(r"bert\.encoder\.layer\.(\d+)\.layer\."), re.compile(r"encoder\.layers\.(\d+)\.")
 _TIED = "cls.predictions.decoder.weight"
 _BUFFERS = ("bert.embeddings.position_ids",)
+_FIXED = (
+    "norm", "norm_eps", "embedding_norm_eps", "mixer.ngroups", "mixer.dt_limit", "mixer.learnable_init_states",
+    "mixer.bias", "mixer.conv_bias",
+)  # fmt: skip
+"""Settings that the public model cannot change; their values are the defaults of ModelConfig."""
 
 
 def from_public(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -40,7 +46,8 @@ def from_public(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     state = {name: tensor for name, tensor in state.items() if name not in _BUFFERS}
     tied = state.pop(_TIED, None)
     ours = {_rename(name, forward=True): tensor for name, tensor in state.items()}
-    if tied is not None and not torch.equal(tied, ours["embedding.word.weight"]):
+    word = ours.get("embedding.word.weight")
+    if tied is not None and (word is None or not torch.equal(tied, word)):
         raise CheckpointError(f"{_TIED}: differs from the word embedding; this system's output matrix is tied to it")
     return ours
 
@@ -65,71 +72,54 @@ def _rename(name: str, *, forward: bool) -> str:
     raise CheckpointError(f"{name}: no counterpart in the {'public Hydra' if forward else 'trained'} model's names")
 
 
-def read_public(path: Path) -> EncoderPackage:
+def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
     """A public masked language model from a `.safetensors` file or a `.pt` file (flat, or a Composer checkpoint).
 
-    A `.pt` file is read with weights_only: it can hold tensors and plain values, no code. The configuration follows
-    from the shapes; the public model has one group of B and C and no MLP.
+    The configuration follows from the shapes; `settings` (`model.norm_eps=1e-6`) say what shapes cannot. The public
+    model has one group of B and C and no MLP.
 
     Raises:
         CheckpointError: unreadable, or not the state dict of a public Hydra masked language model.
+        ConfigError: a setting is unknown or does not fit.
     """
-    parameters = from_public(_read_state(path))
+    tensors, _ = read_tensors(path)
     try:
-        model = _infer_config(parameters)
+        parameters = from_public(tensors)
+        model = override_model(_infer_config(parameters), settings)
     except KeyError as error:
         raise CheckpointError(f"{path}: holds no tensor {error}: not a public Hydra masked language model") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     return EncoderPackage(model, parameters, tokenizer=None, origin={"public checkpoint": path.name})
 
 
 def write_public(package: EncoderPackage, path: Path) -> None:
-    """The public state dict as one safetensors file, the tied matrix under both its names.
+    """The public state dict as one `.safetensors` or `.pt` file, the tied matrix under both its names.
 
     Raises:
-        CheckpointError: the model has layers or norms that the public one lacks.
+        CheckpointError: the model has layers, norms or settings that the public one lacks.
+        ConfigError: the file's name ends otherwise.
     """
-    model = package.model
-    if set(model.layer_kinds) != {"H"} or model.norm != "layernorm" or model.mixer.ngroups != 1:
-        raise CheckpointError(
-            f"layers {''.join(sorted(set(model.layer_kinds)))}, norm {model.norm}, ngroups {model.mixer.ngroups}:"
-            " the public masked language model has only H layers, layernorm and one group"
-        )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.clone() for name, tensor in to_public(package.parameters).items()}
-    save_file(state, path, metadata={"format": "pt"})
+    check_suffix(path)
+    if other := sorted(set(package.model.layer_kinds) - {"H"}):
+        raise CheckpointError(f"model.layer_pattern has {', '.join(other)}: the public model has only H layers")
+    found, public = (dict(flatten(model.model_dump())) for model in (package.model, ModelConfig()))
+    for key in _FIXED:
+        if found[key] != public[key]:
+            raise CheckpointError(f"model.{key} is {found[key]}: the public masked language model has {public[key]}")
+    write_tensors(path, to_public(package.parameters))
 
 
-def difference_from_public(package: EncoderPackage, path: Path) -> float:
-    """0 if the file reads back to the very same parameters.
-
-    Raises:
-        CheckpointError: it does not.
-    """
-    back = read_public(path)
-    for name, tensor in package.parameters.items():
-        if name not in back.parameters or not torch.equal(back.parameters[name], tensor):
-            raise CheckpointError(f"{path}: {name} does not read back equal; not published")
-    return 0.0
-
-
-def _read_state(path: Path) -> dict[str, torch.Tensor]:
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise CheckpointError(f"{path}: cannot be read as tensors ({error}); give a .safetensors or .pt file") from None
-    if "state" in content:  # a Composer checkpoint
-        content = {name.removeprefix("model."): value for name, value in content["state"]["model"].items()}
-    return content
+def run_public(path: Path, package: EncoderPackage, probe: Probe) -> torch.Tensor:
+    """Logits of the file, read back: its rows padded (batch, seqlen, vocab_size)."""
+    rows = read_public(path).run(probe, "logits")
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
 def _infer_config(parameters: dict[str, torch.Tensor]) -> ModelConfig:
-    mixer = "encoder.layers.0.mixer."
     vocab_size, d_model = parameters["embedding.word.weight"].shape
-    nheads, d_inner = parameters[f"{mixer}fc_D.weight"].shape
-    conv_channels, _, d_conv = parameters[f"{mixer}conv1d.weight"].shape
     positions = parameters.get("embedding.position.weight")
+    first = "encoder.layers.0.mixer."
     return ModelConfig(
         d_model=d_model,
         num_layers=1 + max(int(name.split(".")[2]) for name in parameters if name.startswith("encoder.layers.")),
@@ -138,10 +128,5 @@ def _infer_config(parameters: dict[str, torch.Tensor]) -> ModelConfig:
         type_vocab_size=parameters["embedding.segment.weight"].shape[0],
         position_embedding="none" if positions is None else "learned",
         max_positions=512 if positions is None else positions.shape[0],
-        mixer=MixerConfig(
-            d_state=(conv_channels - d_inner) // 4,
-            d_conv=d_conv,
-            headdim=d_inner // nheads,
-            expand=d_inner // d_model,
-        ),
+        mixer=infer_mixer({n.removeprefix(first): t for n, t in parameters.items() if n.startswith(first)}),
     )

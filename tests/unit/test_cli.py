@@ -52,7 +52,7 @@ def test_text_to_filled_mask_by_the_commands_of_the_readme(prose: Path, tmp_path
     assert "unigram baseline" in evaluated.stdout, evaluated.stderr
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
     converted = run("convert", "--from", "run", "--to", "huggingface", folder, model)
-    assert "logits differ from the source by" in converted.stdout, converted.stderr
+    assert "outputs differ from the source by" in converted.stdout, converted.stderr
     assert "[MASK]" in run("fill-mask", model, "so [MASK] it").stdout
     whole = run("evaluate", "--run-dir", folder, "--data", data)
     assert f"{last['eval/loss']:.4f}" in whole.stdout  # what training logged is what evaluation finds

@@ -1,172 +1,246 @@
-"""Exports load with transformers alone, give the source's numbers, exact under padding, and round trips are equal."""
+"""Every pair of forms: weights come back bit for bit, what does not agree is not published, mistakes are named."""
 
-import subprocess
+import datetime
+import fractions
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from alone import job_of_one
 from ranks import run_ranks
 from runs import train, weights
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from sources import MIXERS, PUBLIC, constructor_arguments, prepared, state_dict, state_file
+from typer.testing import CliRunner
 
-from hydra_data_prep.prepare import PrepareOptions, prepare
-from hydra_scale.convert.convert import convert
-from hydra_scale.convert.huggingface import fill_mask
+import hydra_scale.convert
+from hydra_scale.cli import app
+from hydra_scale.convert import convert as rooms
+from hydra_scale.convert import public_hydra
+from hydra_scale.convert.convert import SOURCES, TARGETS, Options, convert
 from hydra_scale.convert.public_hydra import read_public
-from hydra_scale.convert.tokenizer_json import tokenizer_json
-from hydra_scale.data.tokenizer import Tokenizer
-from hydra_scale.errors import CheckpointError, ConfigError
-
-GOLDEN = sorted((Path(__file__).parents[2] / "golden").glob("bert_hydra*.safetensors"))
-HYBRID = [
-    "model.layer_pattern=HAM",
-    "model.num_layers=3",
-    "model.attention.num_heads=4",
-    "model.norm=rmsnorm",
-    "model.norm_position=pre",
-    "model.position_embedding=learned",
-    "model.mixer.learnable_init_states=true",
-]
-TOKENIZERS = [
-    {"vocab_size": 400},
-    {"vocab_size": 300, "model_type": "bpe"},
-    {"tokenizer": "bytes"},
-    {"tokenizer": "nucleotides"},
-]
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
 
 
-def prepared(prose: Path, folder: Path, **options: object) -> Path:
-    prepare(PrepareOptions.model_validate({"source": "text", "input": (prose,), "output": folder} | options))
-    return folder
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-@pytest.fixture(scope="module")
-def data(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return prepared(prose, tmp_path_factory.mktemp("pieces") / "data", vocab_size=400)
+@pytest.mark.parametrize("golden", PUBLIC, ids=lambda path: path.stem)
+def test_public_to_each_form_and_back(golden: Path, tmp_path: Path) -> None:
+    source = state_file(golden, tmp_path)
+    convert("public-hydra", "huggingface", source, tmp_path / "folder")
+    convert("huggingface", "wheel", tmp_path / "folder", tmp_path / "wheel", Options(name="encoder"))
+    convert("wheel", "public-hydra", tmp_path / "wheel", tmp_path / "flat.pt")
+    convert("public-hydra", "public-hydra", tmp_path / "flat.pt", tmp_path / "back.safetensors")
+    assert_equal(load_file(tmp_path / "back.safetensors"), state_dict(golden))
 
 
-@pytest.fixture(scope="module", params=["hydra", "hybrid"])
-def exported(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A run and its Hugging Face folder."""
-    folder = tmp_path_factory.mktemp(request.param)
-    run_ranks(1, train, folder / "run", [f"data.train={data}", *(HYBRID if request.param == "hybrid" else [])])
-    assert convert("run", "huggingface", folder / "run", folder / "model") < 1e-5
-    return folder / "run", folder / "model"
+def test_16_bit_weights_are_stored_as_they_came(tmp_path: Path) -> None:
+    halves = {name: tensor.bfloat16() for name, tensor in state_dict(PUBLIC[0]).items()}
+    torch.save(halves, tmp_path / "halves.pt")
+    assert convert("public-hydra", "huggingface", tmp_path / "halves.pt", tmp_path / "folder") < 1e-5
+    assert '"dtype": "bfloat16"' in (tmp_path / "folder" / "config.json").read_text()
+    convert("huggingface", "public-hydra", tmp_path / "folder", tmp_path / "back.safetensors")
+    assert_equal(load_file(tmp_path / "back.safetensors"), halves)
 
 
-def test_padding_changes_nothing(exported: tuple[Path, Path]) -> None:
-    model = AutoModelForMaskedLM.from_pretrained(exported[1], trust_remote_code=True, dtype=torch.float64).eval()
-    ids = torch.randint(5, 400, (3, 40))
-    lengths = (40, 7, 1)
-    for side in ("right", "left"):
-        mask = torch.zeros(3, 40, dtype=torch.long)
-        for row, length in enumerate(lengths):
-            mask[row, slice(0, length) if side == "right" else slice(40 - length, 40)] = 1
-        with torch.no_grad():
-            logits = model(input_ids=ids.where(mask.bool(), 0), attention_mask=mask).logits
-            for row in range(3):
-                alone = model(input_ids=ids[row][mask[row].bool()][None]).logits[0]
-                torch.testing.assert_close(logits[row][mask[row].bool()], alone, rtol=1e-10, atol=1e-10)
-
-
-def test_loads_where_none_of_this_system_is_installed(exported: tuple[Path, Path]) -> None:
-    script = (
-        "import sys; sys.modules.update(dict.fromkeys(('hydra_kernels', 'hydra_scale', 'megatron', 'deepspeed')));"
-        "from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer;"
-        "t = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True);"
-        "m = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval();"
-        "b = t(['the end', 'a'], padding=True, return_tensors='pt');"
-        "print(tuple(m(**b).logits.shape)[0], tuple(m.hydra.embed(b['input_ids'], b['attention_mask']).shape))"
-    )
-    command = [sys.executable, "-c", script, str(exported[1])]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
-    assert result.stdout.split("\n")[-2] == "2 (2, 64)"
-
-
-def test_classification_head_trains_and_saves(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(exported[1], trust_remote_code=True, num_labels=3)
-    trunk = AutoModel.from_pretrained(exported[1], trust_remote_code=True)
-    assert torch.equal(model.hydra.embedding.word.weight, trunk.embedding.word.weight)
-    ids = torch.randint(5, 400, (4, 20))
-    model(input_ids=ids, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-    assert all(
-        p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if "segment" not in n
-    )
-    model.eval().save_pretrained(tmp_path)
-    again = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
-    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
-
-
-def test_fill_mask_gives_probabilities(exported: tuple[Path, Path]) -> None:
-    guesses = fill_mask(exported[1], "so [MASK] it", top=5)
-    assert len(guesses) == 5
-    assert sorted((p for _, p in guesses), reverse=True) == [p for _, p in guesses]
-    with pytest.raises(CheckpointError, match=r"holds no \[MASK\]"):
-        fill_mask(exported[1], "nothing to guess")
-
-
-@pytest.mark.parametrize("options", TOKENIZERS, ids=str)
-def test_tokenizers_give_the_ids_of_training(prose: Path, tmp_path: Path, options: dict[str, object]) -> None:
-    ours = Tokenizer.load(prepared(prose, tmp_path / "data", **options) / "tokenizer")
-    twin = tokenizer_json(ours)
-    for file in sorted(prose.iterdir()):
-        text = file.read_text()
-        assert twin.encode(text).ids == ours.encode([ours.normalise(text)])[0].tolist()
-        assert twin.decode(twin.encode(text).ids) == ours.decode(ours.encode([ours.normalise(text)])[0])
-
-
-def test_special_tokens_reach_the_folder(exported: tuple[Path, Path]) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(exported[1])
-    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
-    assert (tokenizer.mask_token_id, tokenizer.pad_token_id) == (4, 0)
-
-
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_public_weights_to_hugging_face(path: Path, tmp_path: Path) -> None:
-    """The folder made from a public state dict gives the public implementation's logits, in float64."""
-    golden = load_file(path)
-    save_file(
-        {n.removeprefix("param."): t for n, t in golden.items() if n.startswith("param.")}, tmp_path / "p.safetensors"
-    )
-    assert convert("public-hydra", "huggingface", tmp_path / "p.safetensors", tmp_path / "model") < 1e-12
-    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=torch.float64).eval()
-    output = model(input_ids=golden["input_ids"])
-    assert (output.logits - golden["logits"]).norm() < 1e-10 * golden["logits"].norm()
-
-
-def test_composer_checkpoint_and_back(tmp_path: Path) -> None:
-    golden = load_file(GOLDEN[0])
-    public = {n.removeprefix("param."): t for n, t in golden.items() if n.startswith("param.")}
-    torch.save({"state": {"model": {f"model.{n}": t for n, t in public.items()}}}, tmp_path / "composer.pt")
+def test_composer_checkpoint(tmp_path: Path) -> None:
+    """As trainers write it: a prefix on every name, clocks and states of generators beside the weights."""
+    public = state_dict(PUBLIC[0])
+    rest = {"timestamp": {"total_wct": datetime.timedelta(hours=1)}, "optimizers": {"AdamW": {"state": {}}}}
+    generators = [{"numpy": np.random.RandomState(1).get_state(), "torch": torch.get_rng_state()}]
+    model = {f"model.{name}": tensor for name, tensor in public.items()}
+    torch.save({"state": {"model": model, **rest}, "rng": generators}, tmp_path / "composer.pt")
     convert("public-hydra", "public-hydra", tmp_path / "composer.pt", tmp_path / "flat.safetensors")
-    back = load_file(tmp_path / "flat.safetensors")
-    assert back.keys() == public.keys()
-    assert all(torch.equal(back[name], public[name]) for name in public)
+    assert_equal(load_file(tmp_path / "flat.safetensors"), public)
+    torch.save(model, tmp_path / "prefixed.pt")
+    convert("public-hydra", "public-hydra", tmp_path / "prefixed.pt", tmp_path / "plain.safetensors")
+    assert_equal(load_file(tmp_path / "plain.safetensors"), public)
 
 
-def test_run_to_public_names(data: Path, tmp_path: Path) -> None:
-    run_ranks(1, train, tmp_path / "run", [f"data.train={data}", "training.steps=5"])
+@pytest.mark.parametrize("golden", PUBLIC, ids=lambda path: path.stem)
+def test_a_trained_model_has_the_public_names_and_shapes(golden: Path, prose: Path, tmp_path: Path) -> None:
+    data = prepared(prose, tmp_path / "data", tokenizer="nucleotides")
+    model = ["d_model=32", "num_layers=3", "mixer.d_state=8", "mixer.headdim=8", "mixer.chunk_size=32"]
+    model += ["norm_position=pre"] if "prenorm" in golden.stem else []
+    overrides = [f"data.train={data}", "training.steps=5", *(f"model.{setting}" for setting in model)]
+    run_ranks(1, train, tmp_path / "run", overrides)
     convert("run", "public-hydra", tmp_path / "run", tmp_path / "public.safetensors")
+    found = load_file(tmp_path / "public.safetensors")
+    assert {n: t.shape for n, t in found.items()} == {n: t.shape for n, t in state_dict(golden).items()}
     with job_of_one():
-        package = read_public(tmp_path / "public.safetensors")
-    assert all(torch.equal(package.parameters[name], tensor) for name, tensor in weights(tmp_path / "run").items())
+        back = read_public(tmp_path / "public.safetensors")
+    assert_equal(back.parameters, weights(tmp_path / "run"))
 
 
-def test_mistakes_are_named(exported: tuple[Path, Path], tmp_path: Path) -> None:
-    run, model = exported
-    with pytest.raises(ConfigError, match="convert --to onnx: not available; choose one of huggingface, public-hydra"):
-        convert("run", "onnx", run, tmp_path / "x")
-    with pytest.raises(CheckpointError, match="exists already"):
-        convert("run", "huggingface", run, model)
-    with pytest.raises(CheckpointError, match="not a run folder"):
-        convert("run", "huggingface", tmp_path, tmp_path / "x")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="weight: no counterpart"):
-        convert("public-hydra", "huggingface", tmp_path / "other.pt", tmp_path / "x")
+def test_a_certain_checkpoint_of_a_run(hydra: Path, tmp_path: Path) -> None:
+    checkpoints = sorted((hydra / "run" / "checkpoints").iterdir())
+    assert len(checkpoints) == 3
+    for number, checkpoint in enumerate((checkpoints[0], checkpoints[-1])):
+        convert("run", "public-hydra", checkpoint, tmp_path / f"{number}.safetensors")
+    convert("run", "public-hydra", hydra / "run", tmp_path / "newest.safetensors")
+    first, last, newest = (load_file(tmp_path / f"{name}.safetensors") for name in ("0", "1", "newest"))
+    assert_equal(newest, last)
+    assert not torch.equal(first["bert.embeddings.LayerNorm.bias"], last["bert.embeddings.LayerNorm.bias"])
+
+
+@pytest.mark.parametrize("golden", MIXERS, ids=lambda path: path.stem)
+def test_bare_mixers(golden: Path, tmp_path: Path) -> None:
+    """There and back, and with the public class's arguments the public outputs."""
+    state, arguments = state_dict(golden), constructor_arguments(golden)
+    settings = [f"model.mixer.{name}={arguments[name]}" for name in ("ngroups", "dt_limit") if name in arguments]
+    convert(
+        "mixer", "mixer", state_file(golden, tmp_path), tmp_path / "told.safetensors", Options(settings=tuple(settings))
+    )
+    convert("mixer", "mixer", tmp_path / "told.safetensors", tmp_path / "bare.pt")
+    assert_equal(torch.load(tmp_path / "bare.pt", weights_only=True), state)
+    values = load_file(golden)
+    mixer = rooms.read_mixer(tmp_path / "told.safetensors").build()
+    assert (mixer(values["input"]) - values["output"]).norm() < 1e-10 * values["output"].norm()
+
+
+def test_the_mixer_of_a_layer(tmp_path: Path) -> None:
+    source, public = state_file(PUBLIC[0], tmp_path), state_dict(PUBLIC[0])
+    convert("public-hydra", "mixer", source, tmp_path / "mixer.safetensors", Options(layer=2))
+    prefix = "bert.encoder.layer.2.layer.mixer."
+    layer = {name.removeprefix(prefix): tensor for name, tensor in public.items() if name.startswith(prefix)}
+    assert_equal(load_file(tmp_path / "mixer.safetensors"), layer)
+
+
+@pytest.mark.parametrize("target", ["public-hydra", "huggingface", "mixer", "wheel"])
+def test_what_differs_from_its_source_is_not_published(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number of one tensor is written a thousandth too large."""
+    source = state_file(PUBLIC[0], tmp_path)
+    written = tmp_path / "written"
+
+    def slightly_off(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        name = next(name for name in tensors if name.endswith("fc_D.weight"))
+        return tensors | {
+            name: tensors[name] * (1 + 1e-3 * (torch.arange(tensors[name].numel()) == 0).view_as(tensors[name]))
+        }
+
+    from hydra_scale.convert import bare_mixer, exported
+
+    for module, function in ((public_hydra, "write_tensors"), (bare_mixer, "write_tensors")):
+        write = getattr(module, function)
+        monkeypatch.setattr(module, function, lambda path, t, *rest, write=write: write(path, slightly_off(t), *rest))
+    names = exported._exported_names
+    monkeypatch.setattr(exported, "_exported_names", lambda parameters: names(slightly_off(parameters)))
+    suffix = "" if target in ("huggingface", "wheel") else ".safetensors"
+    options = Options(name="encoder") if target == "wheel" else Options()
+    with pytest.raises(CheckpointError, match=r"its outputs differ from the source's by \d.*; not published"):
+        convert("public-hydra", target, source, written.with_suffix(suffix), options)
+    assert {entry.name for entry in tmp_path.iterdir()} == {source.name}
+
+
+def test_forms_that_do_not_convert_are_named(tmp_path: Path) -> None:
+    for source, target, message in (
+        ("run", "onnx", "convert --to onnx: not available; choose one of huggingface, wheel, public-hydra"),
+        ("huggingface", "run", "convert --to run: not available: only training writes runs; choose one of huggingface"),
+        ("torch-export", "mixer", "convert --from torch-export: not available; choose one of run, public-hydra, mixer"),
+        *(("mixer", t, f"--from mixer --to {t}: a mixer alone is no encoder; it converts to mixer or torch-export")
+          for t in TARGETS if t not in ("mixer", "torch-export")),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=message):
+            convert(source, target, tmp_path / "in", tmp_path / "out")
+
+
+def test_the_help_names_every_form() -> None:
+    text = "".join(CliRunner().invoke(app, ["convert", "--help"]).output.split())
+    sources, targets = re.search(r"--from<str>(.*?)\[required\]--to<str>(.*?)\[required\]", text).groups()
+    assert (set(sources.split("|")), set(targets.split("|"))) == (set(SOURCES), set(TARGETS))
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    for source in set(SOURCES) - {"public-hydra", "mixer"}:
+        with pytest.raises(ConfigError, match=f"a {source} knows its settings"):
+            convert(source, "public-hydra", tmp_path, tmp_path / "o", Options(settings=("model.norm_eps=1e-6",)))
+    for options, message in (
+        (Options(name="encoder"), "--name and --package-version belong to --to wheel"),
+        (Options(version="1.0"), "--name and --package-version belong to --to wheel"),
+        (Options(layer=1), "--layer belongs to the conversion of an encoder --to mixer only"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            convert("run", "huggingface", tmp_path, tmp_path / "o", options)
+
+
+def test_settings_the_shapes_do_not_tell(tmp_path: Path) -> None:
+    source = state_file(PUBLIC[0], tmp_path)
+    with job_of_one():
+        assert read_public(source, ["model.mixer.dt_limit=[0.0, 0.5]"]).model.mixer.dt_limit == (0.0, 0.5)
+    with pytest.raises(ConfigError, match="unknown key model.mixer.dt_limits; did you mean model.mixer.dt_limit"):
+        convert("public-hydra", "huggingface", source, tmp_path / "o", Options(settings=("model.mixer.dt_limits=1",)))
+    changed = Options(settings=("model.mixer.dt_limit=[0.0, 0.5]",))
+    with pytest.raises(
+        CheckpointError, match=r"model.mixer.dt_limit is \(0.0, 0.5\): the public masked language model"
+    ):
+        convert("public-hydra", "public-hydra", source, tmp_path / "o.pt", changed)
+    mixer = state_file(MIXERS[0], tmp_path)
+    with pytest.raises(ConfigError, match="'model.d_model=3': the shapes of a mixer tell all but model.mixer.ngroups"):
+        convert("mixer", "mixer", mixer, tmp_path / "o.pt", Options(settings=("model.d_model=3",)))
+
+
+def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    public = state_dict(PUBLIC[0])
+    bias = "bert.encoder.layer.1.layer.norm.bias"
+    cases = {
+        "other.pt": ({"weight": torch.zeros(1)}, "weight: no counterpart"),
+        "list.pt": ([torch.zeros(1)], "holds no named tensors"),
+        "untied.pt": (public | {"cls.predictions.decoder.weight": torch.zeros(64, 32)}, "differs from the word embedd"),
+        "short.pt": ({n: t for n, t in public.items() if n != bias}, "lacks 1 tensors: encoder.layers.1.norm.bias"),
+        "shape.pt": (public | {bias: torch.zeros(31)}, r"norm.bias has shape \(31,\), expected \(32,\)"),
+        "nan.pt": (public | {bias: torch.full((32,), torch.nan)}, "norm.bias holds 32 values that are not finite"),
+        "code.pt": ({"weight": fractions.Fraction(1, 3)}, "fractions.Fraction, which could run code"),
+    }
+    for name, (content, message) in cases.items():
+        torch.save(content, tmp_path / name)
+        with pytest.raises(CheckpointError, match=message):
+            convert("public-hydra", "huggingface", tmp_path / name, tmp_path / "out")
     (tmp_path / "evil.pt").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(CheckpointError, match="cannot be read as tensors"):
-        convert("public-hydra", "huggingface", tmp_path / "evil.pt", tmp_path / "x")
-    assert {entry.name for entry in tmp_path.iterdir()} == {"other.pt", "evil.pt"}
+        convert("public-hydra", "huggingface", tmp_path / "evil.pt", tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        convert("run", "huggingface", tmp_path, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="not the configuration of an exported model"):
+        convert("huggingface", "public-hydra", tmp_path, tmp_path / "out.pt")
+    with pytest.raises(CheckpointError, match="found 0 wheels"):
+        convert("wheel", "public-hydra", tmp_path, tmp_path / "out.pt")
+    assert {entry.name for entry in tmp_path.iterdir()} == {*cases, "evil.pt"}
+
+
+def test_what_the_public_model_lacks_is_named(hybrid: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="model.layer_pattern has A, M: the public model has only H layers"):
+        convert("run", "public-hydra", hybrid / "run", tmp_path / "o.pt")
+    with pytest.raises(ConfigError, match="--layer 1: not a Hydra layer of this model; they are 0"):
+        convert("run", "mixer", hybrid / "run", tmp_path / "o.pt", Options(layer=1))
+    with pytest.raises(ConfigError, match=r"o.bin: the name of the file to write must end in .safetensors or .pt"):
+        convert("run", "mixer", hybrid / "run", tmp_path / "o.bin")
+    with pytest.raises(ConfigError, match=r"o.onnx: the name of the file to write must end in .pt2"):
+        convert("run", "torch-export", hybrid / "run", tmp_path / "o.onnx")
+    with pytest.raises(CheckpointError, match="exists already"):
+        convert("run", "huggingface", hybrid / "run", hybrid / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_transformers_is_needed_for_its_own_form_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = state_file(PUBLIC[0], tmp_path)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "hydra_scale.convert.huggingface", raising=False)
+    monkeypatch.delattr(hydra_scale.convert, "huggingface", raising=False)
+    with pytest.raises(EnvironmentFault, match="transformers: not installed; pip install"):
+        convert("public-hydra", "huggingface", source, tmp_path / "folder")
+    convert("public-hydra", "public-hydra", source, tmp_path / "public.pt")
+
+
+def test_written_files_are_as_readable_as_others(hydra: Path, tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    save_file({"a": torch.zeros(1)}, tmp_path / "library.safetensors")
+    assert (hydra / "model" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -1,0 +1,88 @@
+"""One Hydra mixer as a file: the state dict of the public class, without the encoder around it.
+
+The shapes tell all of its settings but two: how many groups share B and C (two groups of 8 look like one of 16), and
+the clamp of the step sizes. A `.safetensors` file holds them as metadata, under the names of the class's constructor;
+for files that do not, they are given as settings (`model.mixer.ngroups=2`).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydra_scale.config import MixerConfig, ModelConfig
+from hydra_scale.config_file import override_model
+from hydra_scale.convert.package import MixerPackage, Probe
+from hydra_scale.convert.tensor_file import check_suffix, read_tensors, write_tensors
+from hydra_scale.errors import CheckpointError, ConfigError
+
+_NOT_IN_SHAPES = ("ngroups", "dt_limit")
+
+
+def read_mixer(path: Path, settings: Sequence[str] = ()) -> MixerPackage:
+    """A bare mixer from a `.safetensors` or `.pt` file.
+
+    Raises:
+        CheckpointError: unreadable, or not the state dict of a mixer.
+        ConfigError: a setting is unknown or does not fit.
+    """
+    for setting in settings:
+        if setting.partition("=")[0].removeprefix("model.mixer.") not in _NOT_IN_SHAPES:
+            open_ones = " and ".join(f"model.mixer.{name}" for name in _NOT_IN_SHAPES)
+            raise ConfigError(f"setting {setting!r}: the shapes of a mixer tell all but {open_ones}")
+    parameters, metadata = read_tensors(path)
+    try:
+        told = {name: json.loads(metadata[name]) for name in _NOT_IN_SHAPES if name in metadata}
+        d_model = parameters["in_proj.weight"].shape[1]
+        guess = ModelConfig(d_model=d_model, num_layers=1, mixer=infer_mixer(parameters, **told))
+        given = override_model(guess, settings).mixer
+        mixer = infer_mixer(parameters, given.ngroups, dt_limit=given.dt_limit)
+    except KeyError as error:
+        raise CheckpointError(f"{path}: holds no tensor {error}: not the state dict of a Hydra mixer") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: not the state dict of a Hydra mixer: {error}") from None
+    return MixerPackage(d_model, mixer, parameters)
+
+
+def write_mixer(package: MixerPackage, path: Path) -> None:
+    """The public class's state dict; as `.safetensors` with the settings that the shapes do not tell.
+
+    Raises:
+        ConfigError: the file's name ends otherwise.
+    """
+    check_suffix(path)
+    metadata = {name: json.dumps(getattr(package.mixer, name)) for name in _NOT_IN_SHAPES}
+    write_tensors(path, package.parameters, metadata)
+
+
+def run_mixer(path: Path, package: MixerPackage, probe: Probe) -> torch.Tensor:
+    """Outputs of the file, read back: its rows padded (batch, seqlen, d_model)."""
+    if path.suffix == ".pt":  # holds no settings: whoever loads it knows them
+        back = MixerPackage(package.d_model, package.mixer, read_tensors(path)[0])
+    else:
+        back = read_mixer(path)
+    return torch.nn.utils.rnn.pad_sequence(back.run(probe, "vectors"), batch_first=True)
+
+
+def infer_mixer(parameters: dict[str, torch.Tensor], ngroups: int = 1, **settings: Any) -> MixerConfig:
+    """The configuration that the shapes of a mixer's parameters tell, given the number of groups.
+
+    Raises:
+        KeyError: a parameter of the mixer is absent.
+        ValueError: the shapes fit no mixer with so many groups.
+    """
+    nheads, d_inner = parameters["fc_D.weight"].shape
+    conv_channels, _, d_conv = parameters["conv1d.weight"].shape
+    return MixerConfig(
+        d_state=(conv_channels - d_inner) // (4 * ngroups),
+        d_conv=d_conv,
+        headdim=d_inner // nheads,
+        expand=d_inner // parameters["in_proj.weight"].shape[1],
+        ngroups=ngroups,
+        learnable_init_states="init_states" in parameters,
+        bias="in_proj.bias" in parameters,
+        conv_bias="conv1d.bias" in parameters,
+        **settings,
+    )

@@ -1,0 +1,85 @@
+"""Files of named tensors that others made: `.safetensors`, and `.pt` read without running anything in it."""
+
+import datetime
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hydra_scale.errors import CheckpointError, ConfigError
+
+SUFFIXES = (".safetensors", ".pt")
+_RECONSTRUCT_ARRAY = np.empty(0).__reduce__()[0]
+_HARMLESS: list[Any] = [
+    datetime.timedelta,
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("uint32", "int64", "float32", "float64")),
+    *((_RECONSTRUCT_ARRAY, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
+]
+"""Plain values that trainers keep beside the weights (clocks, states of generators) and `weights_only` would refuse."""
+
+
+def check_suffix(path: Path) -> None:
+    """Raises ConfigError unless the name of a file to write says its format."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"{path}: the name of the file to write must end in {' or '.join(SUFFIXES)}")
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors by name, on the CPU, and the metadata of a `.safetensors` file.
+
+    A `.pt` file is read with weights_only: it can hold tensors and plain values, no code. It is a flat state dict, or
+    a Composer checkpoint, whose model's state dict is taken; a prefix `model.` that all names have is removed.
+
+    Raises:
+        CheckpointError: unreadable, holds objects that would run code, or is no state dict.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {refused[1]}, which could run code" if refused else str(error).split("\n")[0][:200]
+        raise CheckpointError(
+            f"{path}: cannot be read as tensors: {reason}; give a .safetensors file or a .pt file of tensors alone"
+        ) from None
+    try:
+        state = content["state"]["model"] if "state" in content else content
+        tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    except (AttributeError, KeyError, TypeError):
+        tensors = {}
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a Composer checkpoint")
+    prefix = "model." if all(name.startswith("model.") for name in tensors) else ""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, {}
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a `.safetensors` file with its metadata, or a flat state dict as `.pt`, which has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".pt":
+        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    else:
+        write_safetensors(path, tensors, metadata)
+
+
+def write_safetensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a `.safetensors` file, readable by whom other new files are (the library's own are the user's alone)."""
+    path.touch()
+    mode = path.stat().st_mode
+    pointers: set[int] = set()
+    separate = {}
+    for name, tensor in tensors.items():  # the format refuses two names for one memory
+        separate[name] = tensor.clone() if tensor.data_ptr() in pointers else tensor.contiguous()
+        pointers.add(tensor.data_ptr())
+    save_file(separate, path, metadata={"format": "pt"} | (metadata or {}))
+    path.chmod(mode)

@@ -1,0 +1,196 @@
+"""Exported folders load with transformers alone, fill masks, embed, train, and are exact under padding."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import rows
+from safetensors.torch import load_file
+from sources import PUBLIC, prepared, state_dict, state_file
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+
+from hydra_scale.convert.convert import convert
+from hydra_scale.convert.huggingface import fill_mask
+from hydra_scale.convert.tokenizer_json import tokenizer_json
+from hydra_scale.data.manifest import read_manifest
+from hydra_scale.data.tokenizer import Tokenizer
+from hydra_scale.errors import CheckpointError
+
+TOKENIZERS = [
+    {"vocab_size": 400},
+    {"vocab_size": 300, "model_type": "bpe"},
+    {"tokenizer": "bytes"},
+    {"tokenizer": "nucleotides"},
+]
+
+
+@pytest.fixture(params=["hydra", "hybrid"])
+def exported(request: pytest.FixtureRequest) -> tuple[Path, Path]:
+    """A run and its Hugging Face folder."""
+    folder = request.getfixturevalue(request.param)
+    return folder / "run", folder / "model"
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_changes_nothing(exported: tuple[Path, Path], side: str, dtype: torch.dtype, tolerance: float) -> None:
+    """A row of a batch gives what it gives alone: logits, and sentence embeddings."""
+    model = AutoModelForMaskedLM.from_pretrained(exported[1], trust_remote_code=True, dtype=dtype).eval()
+    ids, lengths = torch.randint(5, 400, (3, 40)), (40, 7, 1)
+    place = torch.arange(40) if side == "right" else torch.arange(40).flip(0)
+    mask = (place < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        embedded = model.hydra.embed(ids, mask)
+        for row in range(3):
+            alone = ids[row][mask[row].bool()][None]
+            expected = model(input_ids=alone).logits[0]
+            torch.testing.assert_close(logits[row][mask[row].bool()], expected, rtol=tolerance, atol=tolerance)
+            mean = model.hydra(alone).last_hidden_state[0].mean(0)
+            torch.testing.assert_close(embedded[row], mean, rtol=tolerance, atol=tolerance)
+
+
+def test_works_offline_where_none_of_this_system_is_installed(exported: tuple[Path, Path]) -> None:
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(('hydra_kernels', 'hydra_scale', 'megatron', 'deepspeed')));"
+        "from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, pipeline;"
+        "t = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True);"
+        "m = AutoModelForMaskedLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval();"
+        "b = t(['the end', 'a'], padding=True, return_tensors='pt');"
+        "p = pipeline('fill-mask', model=sys.argv[1], trust_remote_code=True)('so [MASK] it', top_k=3);"
+        "import json; print(json.dumps([m(**b).logits.shape[:2], m.hydra.embed(**b).shape, [g['score'] for g in p]]))"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-c", script, str(exported[1])]
+    result = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd="/", env=environment)
+    assert result.returncode == 0, result.stderr
+    (rows, _), embeddings, probabilities = json.loads(result.stdout.strip().splitlines()[-1])
+    assert (rows, embeddings) == (2, [2, 64])
+    assert probabilities == pytest.approx([p for _, p in fill_mask(exported[1], "so [MASK] it")], abs=1e-6)
+
+
+def test_sequence_classification_trains_and_saves(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(exported[1], trust_remote_code=True, num_labels=3)
+    trunk = AutoModel.from_pretrained(exported[1], trust_remote_code=True)
+    assert torch.equal(model.hydra.embedding.word.weight, trunk.embedding.word.weight)
+    ids = torch.randint(5, 400, (4, 20))
+    model(input_ids=ids, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
+    assert_every_gradient(model)
+    several = torch.randint(0, 2, (4, 3)).float()
+    output = model.eval()(input_ids=ids, labels=several)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(output.logits, several)
+    torch.testing.assert_close(output.loss, expected)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path, trust_remote_code=True).eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises(CheckpointError, match="no masked language model head among its"):
+        convert("huggingface", "public-hydra", tmp_path, tmp_path / "o.pt")
+
+
+def test_token_classification_trains(exported: tuple[Path, Path]) -> None:
+    model = AutoModelForTokenClassification.from_pretrained(exported[1], trust_remote_code=True, num_labels=5)
+    ids, labels = torch.randint(5, 400, (2, 9)), torch.randint(0, 5, (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 4:], labels[1, 4:] = 0, -100
+    output = model.eval()(input_ids=ids, attention_mask=mask, labels=labels)
+    assert output.logits.shape == (2, 9, 5)
+    alone = [model(input_ids=ids[:1]).logits[0], model(input_ids=ids[1:, :4]).logits[0]]
+    expected = torch.nn.functional.cross_entropy(torch.cat(alone), torch.cat((labels[0], labels[1, :4])))
+    torch.testing.assert_close(output.loss, expected)
+    output.loss.backward()
+    assert_every_gradient(model)
+
+
+def test_masked_language_model_and_embeddings_train(exported: tuple[Path, Path]) -> None:
+    model = AutoModelForMaskedLM.from_pretrained(exported[1], trust_remote_code=True)
+    ids = torch.randint(5, 400, (2, 9))
+    states = model(input_ids=ids, labels=ids, output_hidden_states=True)
+    assert len(states.hidden_states) == len(model.hydra.encoder.layers) + 1
+    states.loss.backward()
+    assert_every_gradient(model)
+    model.zero_grad()
+    model.hydra.embed(ids).square().sum().backward()
+    assert model.hydra.embedding.word.weight.grad.abs().sum() > 0
+
+
+def assert_every_gradient(model: torch.nn.Module) -> None:
+    """Finite, and not all zero, for every parameter."""
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().sum() > 0, name
+
+
+def test_what_transformers_saved_converts(hydra: Path, tmp_path: Path) -> None:
+    """Fine-tuned and saved by the library, the weights reach the public form bit for bit."""
+    model = AutoModelForMaskedLM.from_pretrained(hydra / "model", trust_remote_code=True)
+    with torch.no_grad():
+        model.hydra.embedding.word.weight.mul_(2)
+    model.save_pretrained(tmp_path / "saved")
+    convert("huggingface", "public-hydra", tmp_path / "saved", tmp_path / "public.safetensors")
+    public = load_file(tmp_path / "public.safetensors")
+    for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.decoder.weight"):
+        assert torch.equal(public[name], model.hydra.embedding.word.weight)
+
+
+def test_fill_mask_gives_probabilities(exported: tuple[Path, Path]) -> None:
+    guesses = fill_mask(exported[1], "so [MASK] it", top=5)
+    assert len(guesses) == 5
+    assert sorted((p for _, p in guesses), reverse=True) == [p for _, p in guesses]
+    with pytest.raises(CheckpointError, match=r"holds no \[MASK\]"):
+        fill_mask(exported[1], "nothing to guess")
+
+
+def test_the_card_has_the_numbers_of_the_run(hydra: Path, data: Path) -> None:
+    card = (hydra / "model" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: fill-mask\n")
+    for key in ("eval/loss", "eval/masked_accuracy", "eval/unigram_loss", "eval/unigram_accuracy"):
+        assert f" {rows(hydra / 'run', key)[-1]:.4f} |" in card
+    train = read_manifest(data).splits["train"]
+    assert f"{train.documents:,} documents, {train.tokens:,} tokens, source `text`" in card
+    assert f"Trained on {rows(hydra / 'run', 'tokens')[-1]:,} tokens" in card
+    assert (hydra / "run" / "config.yaml").read_text() in card
+
+
+def test_a_card_claims_nothing_it_does_not_know(tmp_path: Path) -> None:
+    convert("public-hydra", "huggingface", state_file(PUBLIC[0], tmp_path), tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert card.count("Not known to the conversion") == 2 and "bert_hydra.safetensors" in card
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert "mask_token_id" not in config  # the public model's tokenizer is not known here
+
+
+@pytest.mark.parametrize("options", TOKENIZERS, ids=str)
+def test_tokenizers_give_the_ids_of_training(prose: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    ours = Tokenizer.load(prepared(prose, tmp_path / "data", **options) / "tokenizer")
+    twin = tokenizer_json(ours)
+    for file in sorted(prose.iterdir()):
+        text = file.read_text()
+        assert twin.encode(text).ids == ours.encode([ours.normalise(text)])[0].tolist()
+        assert twin.decode(twin.encode(text).ids) == ours.decode(ours.encode([ours.normalise(text)])[0])
+
+
+def test_special_tokens_reach_the_folder(exported: tuple[Path, Path]) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(exported[1])
+    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
+    assert (tokenizer.mask_token_id, tokenizer.pad_token_id) == (4, 0)
+
+
+@pytest.mark.parametrize("golden", PUBLIC, ids=lambda path: path.stem)
+def test_public_logits(golden: Path, tmp_path: Path) -> None:
+    """The folder made from a public state dict gives the public implementation's logits, in float64."""
+    assert convert("public-hydra", "huggingface", state_file(golden, tmp_path), tmp_path / "model") < 1e-12
+    model = AutoModelForMaskedLM.from_pretrained(tmp_path / "model", trust_remote_code=True, dtype=torch.float64).eval()
+    values = load_file(golden)
+    logits = model(input_ids=values["input_ids"]).logits
+    assert (logits - values["logits"]).norm() < 1e-10 * values["logits"].norm()
+    assert len(model.state_dict()) == len(state_dict(golden))
