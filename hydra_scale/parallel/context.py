@@ -108,7 +108,8 @@ def _chain(
     """E_{r+1} = own_r[0] + decay_r[0] E_r along the ranks, and with [1] against them; vectors to both neighbours."""
     if context.exchange == "gather":
         return _chain_by_gather(own, decay, to_left, to_right, context)
-    return _chain_by_neighbours(own, decay, context), swap(context, to_left, to_right)
+    vectors = swap(context, to_left, to_right)  # first: NCCL wants all ranks of a group in its first transfer
+    return _chain_by_neighbours(own, decay, context), vectors
 
 
 def _chain_by_gather(
