@@ -241,6 +241,8 @@ class ZeroConfig(Section):
 
     stage: Literal[1, 2, 3] = 1
     """1: optimizer state is split over the data parallel ranks; 2: gradients too; 3: parameters too."""
+    offload: bool = False
+    """Keep the optimizer's state and its fp32 weights in the memory of the host, and update there."""
 
 
 class CheckpointConfig(Section):

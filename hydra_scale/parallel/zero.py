@@ -184,7 +184,8 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
             "contiguous_gradients": True,
             "overlap_comm": False,
             "round_robin_gradients": False,
-        },
+        }
+        | ({"offload_optimizer": {"device": "cpu"}} if config.zero.offload else {}),
         # DeepSpeed would switch a surrounding autocast off. No module is named whose gradients may be reduced in bf16.
         "torch_autocast": {
             "enabled": config.training.precision == "bf16",

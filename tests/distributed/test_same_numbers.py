@@ -63,6 +63,10 @@ LAYOUTS = [
     ("packed", 4, 4, "parallel.tensor=2 parallel.context=2"),
     ("initial-states", 4, 2, "parallel.tensor=2 parallel.context=2 parallel.exchange=neighbour"),
     ("hybrid", 4, 4, "parallel.tensor=2 parallel.context=2 zero.stage=2"),
+    ("packed", 2, 2, "zero.offload=true"),
+    ("packed", 2, 2, "zero.offload=true zero.stage=2"),
+    ("packed", 2, 2, "zero.offload=true zero.stage=3"),
+    ("initial-states", 4, 2, "zero.offload=true parallel.tensor=2 parallel.sequence=true"),
     ("packed", 1, 8, "training.recompute.kind=selective"),
     ("packed", 2, 2, "training.recompute.kind=full zero.stage=3"),
     ("hybrid", 2, 4, "training.recompute.kind=selective parallel.tensor=2 parallel.sequence=true"),
@@ -132,7 +136,9 @@ def test_continues_under_another_layout(corpus: Path, tmp_path: Path) -> None:
         (4, "parallel.tensor=4", 4),
         (2, "zero.stage=3", 5),
         (4, "parallel.context=2 parallel.tensor=2 zero.stage=2", 6),
+        (2, "zero.offload=true zero.stage=2", 7),
         (4, "parallel.tensor=2 zero.stage=3", 8),
+        (2, "zero.offload=true zero.stage=3", 9),
         (1, "zero.stage=1", 10),
     ]
     for num_ranks, layout, steps in layouts:
