@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_kernels import ScanOperands, gated_rms_norm, hydra_mix, scan_operands, sum_of_squares
+from hydra_kernels import gated_rms_norm, hydra_mix, scan_operands, sum_of_squares
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.scan_stretch import scan_stretch
 from hydra_scale.model.stretch import Stretch
@@ -91,16 +91,7 @@ class HydraLayerMixer(nn.Module):
             sum_for_heads=sum_for_heads if divided_heads else None,
         )
         halo = 0 if context is None else stretch.halo
-        here = slice(halo, halo + stretch.end - stretch.first)
-        operands = ScanOperands(
-            wide.z_BLI[:, here],
-            wide.x_BLHP[:, here],
-            wide.dt_2BLH[:, :, here],
-            wide.A_H,
-            wide.B_2BLGN[:, :, here],
-            wide.C_2BLGN[:, :, here],
-            wide.diagonal_BLH[:, here],
-        )
+        operands = wide.of_tokens(slice(halo, halo + stretch.end - stretch.first))
         options = {"chunk_size": self._mixer.chunk_size, "backend": self._mixer.backend}
         y_1THP = scan_stretch(operands, self.init_states, stretch, options)
         y_1TI = y_1THP.flatten(2)

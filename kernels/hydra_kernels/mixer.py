@@ -103,6 +103,12 @@ class ScanOperands(NamedTuple):
     C_2BLGN: torch.Tensor
     diagonal_BLH: torch.Tensor
 
+    def of_tokens(self, here: slice) -> "ScanOperands":
+        """Those of some of the tokens."""
+        one, two = (slice(None), here), (slice(None), slice(None), here)
+        z, x, dt, A_H, B, C, diagonal = self
+        return ScanOperands(z[one], x[one], dt[two], A_H, B[two], C[two], diagonal[one])
+
 
 def scan_operands(
     projected_BLE: torch.Tensor,

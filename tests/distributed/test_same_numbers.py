@@ -71,6 +71,7 @@ LAYOUTS = [
     ("packed", 2, 2, "training.recompute.kind=full zero.stage=3"),
     ("hybrid", 2, 4, "training.recompute.kind=selective parallel.tensor=2 parallel.sequence=true"),
     ("hybrid", 4, 2, "training.recompute.kind=full training.recompute.every=2 parallel.context=2 zero.stage=2"),
+    ("packed", 8, 1, "parallel.tensor=2 parallel.context=2 parallel.exchange=neighbour zero.stage=2"),
     ("packed", 2, 4, "parallel.tensor=2 parallel.sequence=true"),
     ("one-document-a-sequence", 4, 2, "parallel.tensor=4 parallel.sequence=true"),
     ("initial-states", 4, 2, "parallel.tensor=2 parallel.sequence=true zero.stage=3"),
