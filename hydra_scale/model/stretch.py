@@ -33,12 +33,12 @@ class Stretch:
         """The documents of the whole micro batch."""
         return self._documents(0, self.num_tokens)
 
-    @property
+    @cached_property
     def opens_left(self) -> bool:
         """Whether the first document here began on a rank to the left."""
         return self.first not in self.all_borders
 
-    @property
+    @cached_property
     def opens_right(self) -> bool:
         """Whether the last document here goes on to the right."""
         return self.end not in self.all_borders

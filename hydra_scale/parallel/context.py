@@ -6,6 +6,7 @@ backward scan. A document border inside a stretch sets a_r = 0 and cuts the chai
 other way. The bytes are those of the states, whatever the sequence length (docs/parallelism.md).
 """
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -136,62 +137,51 @@ def _chain_by_gather(
 def _chain_by_neighbours(own: torch.Tensor, decay: torch.Tensor, context: Context) -> torch.Tensor:
     """Block b of the heads leaves the rank at distance s from its direction's start in turn s + b."""
     entering = torch.zeros_like(own)
-    blocks = [b for b in range(_BLOCKS) if b * own.shape[1] // _BLOCKS < (b + 1) * own.shape[1] // _BLOCKS]
+    num_blocks = min(_BLOCKS, own.shape[1])
+    edges = [block * own.shape[1] // num_blocks for block in range(num_blocks + 1)]
+    blocks = [slice(*pair) for pair in pairwise(edges)]
     distance = (context.rank, context.size - 1 - context.rank)
-
-    def heads(block: int) -> slice:
-        return slice(block * own.shape[1] // _BLOCKS, (block + 1) * own.shape[1] // _BLOCKS)
-
-    for turn in range(context.size - 1 + len(blocks) - 1):
+    for turn in range(context.size - 1 + num_blocks - 1):
         sends, receives, arrived = [], [], []
         for direction, onward in enumerate((1, -1)):
             leaving, coming = turn - distance[direction], turn - distance[direction] + 1
-            if 0 <= leaving < len(blocks):
-                part = heads(blocks[leaving])
+            if 0 <= leaving < num_blocks:
+                part = blocks[leaving]
                 passing = decay[direction, part, None, None] * entering[direction, part]
                 sends.append((onward, own[direction, part] + passing))
-            if 0 <= coming < len(blocks) and distance[direction] > 0:
-                buffer = torch.empty_like(own[direction, heads(blocks[coming])])
+            if 0 <= coming < num_blocks and distance[direction] > 0:
+                buffer = torch.empty_like(own[direction, blocks[coming]])
                 receives.append((-onward, buffer))
-                arrived.append((direction, heads(blocks[coming]), buffer))
+                arrived.append((direction, blocks[coming], buffer))
         _transfer(context, sends, receives)
         for direction, part, buffer in arrived:
             entering[direction, part] = buffer
     return entering
 
 
-class _TokensToHeads(torch.autograd.Function):
+class _Redivide(torch.autograd.Function):
+    """From tokens to heads or back; the gradient goes the other way."""
+
     @staticmethod
-    def forward(ctx: Any, x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
-        ctx.num_tokens, ctx.context = num_tokens, context
-        return _tokens_to_heads(x_THX, num_tokens, context)
+    def forward(ctx: Any, x_THX: torch.Tensor, by_heads: bool, num_tokens: int, context: Context) -> torch.Tensor:
+        ctx.by_heads, ctx.num_tokens, ctx.context = by_heads, num_tokens, context
+        return (_tokens_to_heads if by_heads else _heads_to_tokens)(x_THX, num_tokens, context)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _heads_to_tokens(grad, ctx.num_tokens, ctx.context), None, None
-
-
-class _HeadsToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
-        ctx.num_tokens, ctx.context = num_tokens, context
-        return _heads_to_tokens(x_THX, num_tokens, context)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return _tokens_to_heads(grad, ctx.num_tokens, ctx.context), None, None
+        back = _heads_to_tokens if ctx.by_heads else _tokens_to_heads
+        return back(grad, ctx.num_tokens, ctx.context), None, None, None
 
 
 def tokens_to_heads(x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
     """From (T, all H, ...) of this rank's tokens to (all num_tokens, H / W, ...) of its heads."""
-    return _TokensToHeads.apply(x_THX, num_tokens, context)
+    return _Redivide.apply(x_THX, True, num_tokens, context)
 
 
 def heads_to_tokens(x_THX: torch.Tensor, num_tokens: int, context: Context) -> torch.Tensor:
     """Undoes `tokens_to_heads`."""
-    return _HeadsToTokens.apply(x_THX, num_tokens, context)
+    return _Redivide.apply(x_THX, False, num_tokens, context)
 
 
 def _lengths(num_tokens: int, context: Context) -> list[int]:
