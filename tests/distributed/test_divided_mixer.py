@@ -133,7 +133,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float, *wha
 def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
     """Bytes this rank sends in a forward and in a backward pass over one document."""
     sent = [0]
-    p2p, gather = dist.batch_isend_irecv, dist.all_gather_into_tensor
+    p2p, gather, all_to_all = dist.batch_isend_irecv, dist.all_gather_into_tensor, dist.all_to_all_single
 
     def size(tensor: torch.Tensor) -> int:
         return tensor.numel() * tensor.element_size()
@@ -146,6 +146,11 @@ def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
         sent[0] += size(message) * (dist.get_world_size(group) - 1)
         return gather(output, message, group=group)
 
+    def counted_all_to_all(output: torch.Tensor, message: torch.Tensor, *splits: list[int], group: Any) -> Any:
+        others = len(message) - splits[1][dist.get_rank(group)]
+        sent[0] += size(message) * others // len(message)
+        return all_to_all(output, message, *splits, group=group)
+
     with joined(ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)) as topology:
         context = topology.context
         assert context is not None
@@ -153,6 +158,7 @@ def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
         mixer, x, grad = mixer.float(), x.float(), grad.float()
         first, end = context.stretch(num_tokens)
         dist.batch_isend_irecv, dist.all_gather_into_tensor = counted_p2p, counted_gather
+        dist.all_to_all_single = counted_all_to_all
         x_here = x[first:end].requires_grad_()
         y = mixer(x_here, Stretch((0, num_tokens), first, end, x.device, context, TAPS // 2))
         forward = sent[0]
@@ -176,3 +182,13 @@ def test_bytes_are_those_of_the_formula_at_any_length(exchange: str) -> None:
             else:
                 expected = neighbours * (states + border)
             assert passes == [expected + neighbours * halo] * 2
+
+
+def test_bytes_of_tokens_grow_with_them() -> None:
+    """docs/parallelism.md, exchange by heads: forward, per token of the rank; 4 bytes an element here."""
+    num_ranks, num_tokens = 2, 40
+    d_inner, heads = 2 * D_MODEL, 2 * D_MODEL // HEADDIM
+    halo = 4 * (TAPS // 2) * D_MODEL
+    a_token = 4 * (2 * d_inner + 3 * heads) * (num_ranks - 1) // num_ranks + (num_ranks - 1) * 4 * 4 * GROUPS * D_STATE
+    for forward, _ in run_ranks(num_ranks, bytes_sent, num_tokens, "heads"):
+        assert forward == halo + a_token * num_tokens // num_ranks
