@@ -178,6 +178,9 @@ class TrainingConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: products in bfloat16 under autocast; parameters, gradients, states and moments stay fp32."""
     recompute: RecomputeConfig = RecomputeConfig()
+    cuda_graphs: bool = True
+    """On a GPU start the layers as two CUDA graphs a micro batch, where it can be: packed, Hydra and MLP layers, no
+    ranks that share a micro batch, ZeRO 1 or 2. The log says whether they are. The numbers are the same."""
 
 
 class EvaluationConfig(Section):

@@ -1,4 +1,4 @@
-"""The sub-commands `hydra-scale bench kernels` and `hydra-scale bench training`. Imports happen when they run."""
+"""The sub-commands of `hydra-scale bench`. Imports happen when they run."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -99,6 +99,48 @@ def training(
         origin = on_this_machine(place, topology.accelerator.name, precision)
         rows = run(plan, Peers(peer_path or ()), topology, instrument_for(place))
         _collect(rows, output / "training.csv", origin)
+
+
+@bench.command()
+def profile(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML configuration: one training step of it.  [a mixer of --width]")
+    ] = None,
+    width: Annotated[int, typer.Option(min=64, help="d_model of the mixer, a multiple of 64.")] = 1024,
+    seqlen: Annotated[int, typer.Option(min=1, help="Tokens of a document.")] = 2048,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a run, all documents together.")] = 16384,
+    longest: Annotated[int, typer.Option(min=1, help="Rows shown; the CSV has all.")] = 40,
+    output: Output = Path("bench"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
+    ] = None,
+) -> None:
+    """Where the time of a mixer's forward and backward pass, or of a training step, goes, kernel by kernel."""
+    from rich.console import Console
+
+    from hydra_scale.bench.instrument import instrument_for
+    from hydra_scale.bench.profile import mixer_run, profile_runs, step_run
+    from hydra_scale.bench.table import on_this_machine, print_table, write_csv
+    from hydra_scale.config import ParallelConfig
+    from hydra_scale.config_file import load_config
+    from hydra_scale.topology import joined
+
+    settings = None if config is None else load_config(config, overrides or [])
+    with joined(ParallelConfig()) as topology:
+        place = topology.accelerator.device
+        chosen = (
+            mixer_run(width, tokens, seqlen, place)
+            if settings is None
+            else step_run(settings, tokens, seqlen, topology)
+        )
+        with chosen as (what, run):
+            rows = profile_runs(what, run, place, instrument_for(place))
+        precision = "bf16" if settings is None else settings.training.precision
+        origin = on_this_machine(place, topology.accelerator.name, precision)
+    rows = [replace(row, **origin) for row in rows]
+    print_table(rows[:longest], Console(width=None if sys.stdout.isatty() else 140))
+    write_csv(rows, output / "profile.csv")
+    typer.echo(f"written    {output / 'profile.csv'}")
 
 
 def _names(option: str, value: str | None, choices: Sequence[str], default: Sequence[str]) -> Sequence[str]:

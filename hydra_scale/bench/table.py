@@ -41,8 +41,10 @@ class Row:
     """Tokens of a call."""
     direction: str | None = None
     """forward, forward+backward, or step."""
+    calls: int | None = None
+    """Of a kernel, in one run."""
     milliseconds: float | None = None
-    """Median."""
+    """Median; of a kernel the mean of all its calls in one run."""
     p20: float | None = None
     p80: float | None = None
     tokens_per_second: float | None = None

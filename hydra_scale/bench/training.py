@@ -30,7 +30,7 @@ from hydra_scale.training.step import train_step
 PEERS = ("public-hydra", "bert")
 SEQLENS = (128, 512, 2048, 8192, 16384)
 _NUM_WARM_UP = 3
-_BERT_VOCAB_SIZE = 30_528
+BERT_VOCAB_SIZE = 30_528
 _MASK_RATE = 0.3
 _SEED = 0
 
@@ -52,7 +52,7 @@ class Plan:
 
     @property
     def vocab_size(self) -> int:
-        return self.config.model.vocab_size or _BERT_VOCAB_SIZE
+        return self.config.model.vocab_size or BERT_VOCAB_SIZE
 
 
 def run(plan: Plan, peers: Peers, topology: Topology, instrument: Instrument) -> Iterator[list[Row]]:
@@ -140,7 +140,7 @@ def random_batch(vocab_size: int, num_sequences: int, seqlen: int) -> Batch:
 def for_batch(config: Config, batch: Batch) -> Config:
     """The configuration whose step is one such batch."""
     values = config.model_dump()
-    values["data"]["seqlen"] = batch.max_seqlen
+    values["data"] |= {"seqlen": batch.max_seqlen, "packing": True}  # as many tokens in every step
     values["model"]["max_positions"] = max(config.model.max_positions, batch.max_seqlen)
     values["training"] |= {"global_batch_size": batch.num_sequences, "micro_batch_size": batch.num_sequences}
     return Config.model_validate(values)
@@ -154,7 +154,13 @@ def our_step(
     batch: Batch,
     peers: Peers | None = None,
 ) -> Iterator[Step]:
-    """Pretraining's step; with `peers` every mixer is of the public Hydra class, with the same initial weights."""
+    """Pretraining's step; with `peers` every mixer is of the public Hydra class, with the same initial weights.
+
+    Its kernels search for settings as they run, so its layers are no CUDA graphs.
+    """
+    if peers is not None:
+        training = config.training.model_copy(update={"cuda_graphs": False})
+        config = config.model_copy(update={"training": training})
     model = build_model(config, vocab_size, topology.accelerator.device)
     if peers is not None:
         public = peers.public_hydra()

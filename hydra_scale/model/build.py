@@ -1,5 +1,6 @@
 """From a configuration to a model with its initial weights, and to the optimizer's parameter groups."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,10 +8,12 @@ from torch import nn
 
 from hydra_scale.config import Config, OptimizerConfig
 from hydra_scale.errors import ConfigError
+from hydra_scale.model.captured import why_not_captured
 from hydra_scale.model.initialise import initialise
 from hydra_scale.model.masked_lm import MaskedLanguageModel
 from hydra_scale.topology import ALONE, Context, TensorRanks
 
+log = logging.getLogger(__name__)
 _VOCAB_MULTIPLE = 64  # a whole number of tiles for the output product
 
 
@@ -52,7 +55,13 @@ def build_model(
         config.model, vocab_size, config.training.seed, context, tensor, config.training.recompute
     )
     initialise(model, config.model, config.training.seed)
-    return model.to(device)
+    model = model.to(device)
+    if device.type == "cuda":
+        reason = why_not_captured(config, device)
+        log.info("layers run %s", "as CUDA graphs" if reason is None else f"kernel by kernel: {reason}")
+        if reason is None:
+            model.capture()
+    return model
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -23,13 +23,13 @@ class Layer(nn.Module):
         super().__init__()
         self.mixer = MIXERS[kind](config, tensor)
         self.norm = make_norm(config, config.norm_eps, tensor)
-        self._pre_norm = config.norm_position == "pre"
+        self._pre_norm, self._backend = config.norm_position == "pre", config.mixer.backend
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D), under sequence parallelism the rows of this rank's tokens."""
         if self._pre_norm:
             return x_TD + self.mixer(self.norm(x_TD), stretch)
-        return self.norm(x_TD + self.mixer(x_TD, stretch))
+        return self.norm.of_sum(x_TD, self.mixer(x_TD, stretch), self._backend)
 
 
 class Encoder(nn.Module):

@@ -7,6 +7,7 @@ from torch import nn
 
 from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.errors import ConfigError
+from hydra_scale.model.captured import CapturedLayers
 from hydra_scale.model.embedding import Embedding
 from hydra_scale.model.encoder import Encoder
 from hydra_scale.model.norm import LayerNorm
@@ -85,6 +86,11 @@ class MaskedLanguageModel(nn.Module):
         self.embedding = Embedding(config, vocab_size, dropout_key, tensor)
         self.encoder = Encoder(config, tensor, recompute)
         self.head = MaskedLanguageModelHead(config, vocab_size, tensor)
+        self._captured: CapturedLayers | None = None
+
+    def capture(self) -> None:
+        """Run the layers as CUDA graphs from now on, wherever gradients are wanted."""
+        self._captured = CapturedLayers(self.encoder)
 
     def hidden(self, batch: MaskedTokens) -> torch.Tensor:
         """Final vectors (T, D) of all tokens."""
@@ -97,7 +103,8 @@ class MaskedLanguageModel(nn.Module):
                 f" than the {needed} that its neighbour reads; raise training.micro_batch_size or data.seqlen"
             )
         stretch = Stretch(borders, first, first + len(batch.input_ids), x_TD.device, self._context, self._halo)
-        return with_all_tokens_alike(self.encoder(x_TD, stretch), self._tensor)
+        encode = self._captured if self._captured and torch.is_grad_enabled() else self.encoder
+        return with_all_tokens_alike(encode(x_TD, stretch), self._tensor)
 
     def logits(self, batch: MaskedTokens) -> torch.Tensor:
         """Scores (M, V) of the tokens, this rank's part of them, at the masked positions."""

@@ -95,9 +95,12 @@ class HydraLayerMixer(nn.Module):
         options = {"chunk_size": self._mixer.chunk_size, "backend": self._mixer.backend}
         y_1THP = scan_stretch(operands, self.init_states, stretch, options)
         y_1TI = y_1THP.flatten(2)
-        squares = sum_for_all(sum_of_squares(y_1TI)) if divided_heads else None
-        weight = self.norm("weight")
-        return gated_rms_norm(y_1TI, operands.z_BLI, weight, squares_BL1=squares, width=self._d_inner)[0]
+        backend, weight = self._mixer.backend, self.norm("weight")
+        squares = sum_for_all(sum_of_squares(y_1TI, backend=backend)) if divided_heads else None
+        mixed_1TI = gated_rms_norm(
+            y_1TI, operands.z_BLI, weight, squares_BL1=squares, width=self._d_inner, backend=backend
+        )
+        return mixed_1TI[0]
 
     def _operands(self) -> dict[str, Any]:
         mixer = self._mixer

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from hydra_kernels import add_norm
 from hydra_scale.config import ModelConfig
 from hydra_scale.parallel.tensor import seen_by_all
 from hydra_scale.topology import ALONE, TensorRanks
@@ -21,6 +22,11 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = (seen_by_all(parameter, self._tensor) for parameter in (self.weight, self.bias))
         return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
+    def of_sum(self, x_TD: torch.Tensor, branch_TD: torch.Tensor, backend: str) -> torch.Tensor:
+        """Of the residual stream and what a layer adds to it."""
+        weight, bias = (seen_by_all(parameter, self._tensor) for parameter in (self.weight, self.bias))
+        return add_norm(x_TD, branch_TD, weight, bias, eps=self.eps, backend=backend)
+
 
 class RMSNorm(nn.RMSNorm):
     """x / rms(x) * weight, computed and returned in the parameters' precision."""
@@ -28,15 +34,20 @@ class RMSNorm(nn.RMSNorm):
     def __init__(self, width: int, eps: float, tensor: TensorRanks = ALONE) -> None:
         """`tensor`: under sequence parallelism the ranks that each normalise their own tokens."""
         super().__init__(width, eps=eps)
-        self._tensor = tensor
+        self._tensor, self._eps = tensor, eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape kept; the input is cast to the weight's dtype."""
         weight = seen_by_all(self.weight, self._tensor)
         return nn.functional.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
 
+    def of_sum(self, x_TD: torch.Tensor, branch_TD: torch.Tensor, backend: str) -> torch.Tensor:
+        """Of the residual stream and what a layer adds to it."""
+        weight = seen_by_all(self.weight, self._tensor)
+        return add_norm(x_TD, branch_TD, weight, None, eps=self._eps, backend=backend)
 
-def make_norm(config: ModelConfig, eps: float, tensor: TensorRanks = ALONE) -> nn.Module:
+
+def make_norm(config: ModelConfig, eps: float, tensor: TensorRanks = ALONE) -> LayerNorm | RMSNorm:
     """A norm of the configured kind over d_model."""
     kind = LayerNorm if config.norm == "layernorm" else RMSNorm
     return kind(config.d_model, eps, tensor)

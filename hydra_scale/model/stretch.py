@@ -22,6 +22,8 @@ class Stretch:
     context: Context | None = None
     halo: int = 0
     """Tokens of the neighbours that the convolution reads on each side."""
+    fixed: Documents | None = None
+    """Documents whose place in memory must stay, for CUDA graphs; absent: they are made from the borders."""
 
     @property
     def num_tokens(self) -> int:
@@ -46,7 +48,7 @@ class Stretch:
     @cached_property
     def documents(self) -> Documents:
         """The pieces of documents that lie here, from token 0 on; made once for all layers."""
-        return self._documents(self.first, self.end)
+        return self.fixed or self._documents(self.first, self.end)
 
     @cached_property
     def documents_with_halo(self) -> Documents:

@@ -6,6 +6,7 @@ from .conv import depthwise_conv_silu
 from .documents import Documents
 from .mixer import HydraMixer, ScanOperands, hydra_mix, scan_operands
 from .norm import gated_rms_norm, sum_of_squares
+from .residual import add_norm
 from .scan import quasiseparable_scan
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Documents",
     "HydraMixer",
     "ScanOperands",
+    "add_norm",
     "depthwise_conv_silu",
     "gated_rms_norm",
     "hydra_mix",

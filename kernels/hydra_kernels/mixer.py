@@ -89,7 +89,7 @@ def hydra_mix(
         backend=backend,
     )
     assert isinstance(y_BLHP, torch.Tensor)  # no final states were asked for
-    return gated_rms_norm(y_BLHP.flatten(2), scan.z_BLI, norm_weight, eps=norm_eps)
+    return gated_rms_norm(y_BLHP.flatten(2), scan.z_BLI, norm_weight, eps=norm_eps, backend=backend)
 
 
 class ScanOperands(NamedTuple):

@@ -115,8 +115,8 @@ class _Conv(torch.autograd.Function):
     def backward(ctx: Any, grad_TC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TC, weight, bias, starts, ends = ctx.saved_tensors
         grad_x_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
-        overwritten = grad_TC.clone(memory_format=torch.contiguous_format)
-        grad_weight, grad_bias = conv_backward(x_TC, weight, bias, starts, ends, overwritten, grad_x_TC)
+        grad_TC = grad_TC if grad_TC.stride(-1) == 1 else grad_TC.contiguous()
+        grad_weight, grad_bias = conv_backward(x_TC, weight, bias, starts, ends, grad_TC, grad_x_TC)
         return grad_x_TC, grad_weight.to(weight.dtype), None if bias is None else grad_bias.to(bias.dtype), None, None
 
 

@@ -1,127 +1,221 @@
-"""Centred depthwise convolution with SiLU, and its gradients, on rows of any stride; documents do not mix."""
+"""Centred depthwise convolution with SiLU, and its gradients, on rows of any stride; documents do not mix.
+
+A program walks along the tokens with the last K rows in registers, so each row is read from memory once (and K - 1
+more at the edges of a program's tokens), whatever K is.
+"""
+
+from typing import NamedTuple
 
 import torch
 
 from .triton_language import tl, triton
 
-_TOKENS, _CHANNELS, _WARPS = 8, 64, 1
-_GRADIENT_TOKENS, _GRADIENT_TILES = 4, 64
-"""One warp a tile, so that sums over tokens need no shared memory."""
+
+class Walk(NamedTuple):
+    """How a program walks: channels side by side, rows loaded at once, rows in all, warps."""
+
+    channels: int
+    rows_at_once: int
+    rows: int
+    warps: int
+
+
+FORWARD = Walk(128, 8, 64, 1)
+BACKWARD = Walk(128, 4, 128, 1)
 
 
 @triton.jit
-def _load_weights(weight, channel, inside, num_channels, K: tl.constexpr):
-    """K rows of weight (K, C) as fp32 vectors."""
+def _load_rows(base, first, channel, inside, num_tokens, stride, COUNT: tl.constexpr):
+    """Rows first to first + COUNT - 1 as fp32 vectors, zeros where there is no token."""
     rows = ()  # grows while the loop is unrolled
-    for k in tl.static_range(K):
-        rows += (tl.load(weight + k * num_channels + channel, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+    for index in tl.static_range(COUNT):
+        token = first + index
+        place = base + token.to(tl.int64) * stride + channel
+        row = tl.load(place, mask=inside & (token >= 0) & (token < num_tokens), other=0.0)
+        rows += (row.to(tl.float32),)  # type: ignore[assignment]
     return rows
 
 
 @triton.jit
-def _load_neighbours(base, token, channel, start, stop, inside, stride, K: tl.constexpr, SIGN: tl.constexpr):
-    """The K tiles base[token + SIGN (k - K // 2), channel], zeros outside each token's document."""
-    tiles = ()
-    for k in tl.static_range(K):
-        source = token + SIGN * (k - K // 2)
-        known = (source >= start) & (source < stop)
-        place = base + source.to(tl.int64)[:, None] * stride + channel[None, :]
-        tiles += (tl.load(place, mask=known[:, None] & inside[None, :], other=0.0),)  # type: ignore[assignment]
-    return tiles
+def _load_document(doc_start, doc_end, token, num_tokens):
+    """Of a token; for one that does not exist a document without tokens."""
+    exists = (token >= 0) & (token < num_tokens)
+    return tl.load(doc_start + token, mask=exists, other=0), tl.load(doc_end + token, mask=exists, other=0)
 
 
 @triton.jit
-def _weighted_sum(total, tiles, weights, K: tl.constexpr):
+def _load_weights(weight, bias, channel, inside, num_channels, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """K rows of weight (K, C) and the bias, in fp32."""
+    rows = ()
     for k in tl.static_range(K):
-        total += tiles[k].to(tl.float32) * weights[k][None, :]
+        rows += (tl.load(weight + k * num_channels + channel, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+    bias_C = tl.zeros(channel.shape, tl.float32)
+    if HAS_BIAS:
+        bias_C += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
+    return rows, bias_C
+
+
+@triton.jit
+def _own_rows(
+    rows, at: tl.constexpr, first, of_token, doc_start, doc_end, num_tokens, K: tl.constexpr, ALL: tl.constexpr
+):
+    """K rows from `at` on, the first of them of token `first`; unless ALL, zeros outside the document of a token."""
+    own = ()
+    if not ALL:
+        start, stop = _load_document(doc_start, doc_end, of_token, num_tokens)
+    for k in tl.static_range(K):
+        row = rows[at + k]
+        if not ALL:
+            row = tl.where((first + k >= start) & (first + k < stop), row, 0.0)
+        own += (row,)  # type: ignore[assignment]
+    return own
+
+
+@triton.jit
+def _weighted_sum(total, rows, weights, K: tl.constexpr, REVERSED: tl.constexpr):
+    for k in tl.static_range(K):
+        total += rows[k] * (weights[K - 1 - k] if REVERSED else weights[k])
     return total
+
+
+@triton.jit
+def _last_rows(rows, COUNT: tl.constexpr, KEPT: tl.constexpr):
+    """The last KEPT of COUNT rows."""
+    kept = ()
+    for k in tl.static_range(COUNT - KEPT, COUNT):
+        kept += (rows[k],)  # type: ignore[assignment]
+    return kept
+
+
+@triton.jit
+def _convolve(
+    rows, weights, bias_C, begin, out, channel, inside, doc_start, doc_end, num_tokens, stride_out,
+    K: tl.constexpr, AT_ONCE: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
+    for index in tl.static_range(AT_ONCE):
+        token = begin + index
+        own = _own_rows(rows, index, token - K // 2, token, doc_start, doc_end, num_tokens, K, ALL)
+        total = _weighted_sum(bias_C, own, weights, K, False)
+        result = total * tl.sigmoid(total)
+        place = out + token.to(tl.int64) * stride_out + channel
+        tl.store(place, result.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
 @triton.jit
 def _conv_kernel(
     x, weight, bias, doc_start, doc_end, out, num_tokens, num_channels, stride_x, stride_out,
-    K: tl.constexpr, SIGN: tl.constexpr, HAS_BIAS: tl.constexpr, SILU: tl.constexpr,
-    TOKENS: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """silu(bias + sum_k weight[k] x[t + SIGN (k - K // 2)]); SIGN -1, no bias and no SILU: the gradient of x."""
+    """silu(bias + sum_k weight[k] x[t + k - K // 2]). Rows that read from one document only need no masks."""
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
-    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    live = token < num_tokens
-    start = tl.load(doc_start + token, mask=live, other=0)
-    stop = tl.load(doc_end + token, mask=live, other=0)
-    total = tl.zeros((TOKENS, CHANNELS), tl.float32)
-    if HAS_BIAS:
-        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)[None, :]
-    tiles = _load_neighbours(x, token, channel, start, stop, inside, stride_x, K, SIGN)
-    total = _weighted_sum(total, tiles, _load_weights(weight, channel, inside, num_channels, K), K)
-    if SILU:
-        total = total * tl.sigmoid(total)
-    target = token.to(tl.int64)[:, None] * stride_out + channel[None, :]
-    tl.store(out + target, total.to(out.dtype.element_ty), mask=live[:, None] & inside[None, :])
+    weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
+    first = tl.program_id(0) * (AT_ONCE * BLOCKS)
+    before = _load_rows(x, first - K // 2, channel, inside, num_tokens, stride_x, K - 1)
+    for block in range(BLOCKS):
+        begin = first + block * AT_ONCE
+        rows = before + _load_rows(x, begin + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
+        start, stop = _load_document(doc_start, doc_end, begin, num_tokens)
+        if (start <= begin - K // 2) & (begin + AT_ONCE + K // 2 <= stop):
+            _convolve(
+                rows, weights, bias_C, begin, out, channel, inside, doc_start, doc_end, num_tokens, stride_out,
+                K, AT_ONCE, True,
+            )  # fmt: skip
+        else:
+            _convolve(
+                rows, weights, bias_C, begin, out, channel, inside, doc_start, doc_end, num_tokens, stride_out,
+                K, AT_ONCE, False,
+            )  # fmt: skip
+        before = _last_rows(rows, K - 1 + AT_ONCE, K - 1)
 
 
 @triton.jit
-def _conv_parameters_kernel(
-    x, weight, bias, grad, doc_start, doc_end, parts, num_tokens, num_channels, stride_x, stride_grad,
-    K: tl.constexpr, HAS_BIAS: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr, TILES: tl.constexpr,
+def _convolve_back(
+    rows, grads, inner, of_taps, of_bias, weights, bias_C, begin, first, grad_x, channel, inside, doc_start, doc_end,
+    num_tokens, stride_grad_x, K: tl.constexpr, AT_ONCE: tl.constexpr, OWN: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
-    """Gradient before SiLU, in place of that after it; sums over TILES tiles for weight and bias (parts, K + 1, C)."""
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = channel < num_channels
-    weights = _load_weights(weight, channel, inside, num_channels, K)
-    bias_C = tl.zeros((CHANNELS,), tl.float32)
-    if HAS_BIAS:
-        bias_C += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    of_bias = tl.zeros((TOKENS, CHANNELS), tl.float32)
-    of_taps = (of_bias,) * K
-    for tile in range(TILES):
-        token = (tl.program_id(0) * TILES + tile) * TOKENS + tl.arange(0, TOKENS)
-        live = token < num_tokens
-        start = tl.load(doc_start + token, mask=live, other=0)
-        stop = tl.load(doc_end + token, mask=live, other=0)
-        tiles = _load_neighbours(x, token, channel, start, stop, inside, stride_x, K, 1)
-        total = _weighted_sum(tl.broadcast_to(bias_C[None, :], (TOKENS, CHANNELS)), tiles, weights, K)
+    """The gradients in front of SiLU, appended to `inner`, and the sums with what these rows add."""
+    for index in tl.static_range(AT_ONCE):
+        token = begin + index
+        own = _own_rows(rows, index, token - K // 2, token, doc_start, doc_end, num_tokens, K, ALL)
+        total = _weighted_sum(bias_C, own, weights, K, False)
         gate = tl.sigmoid(total)
-        place = grad + token.to(tl.int64)[:, None] * stride_grad + channel[None, :]
-        mask = live[:, None] & inside[None, :]
-        inner = tl.load(place, mask=mask, other=0.0).to(tl.float32) * gate * (1.0 + total * (1.0 - gate))
-        tl.store(place, inner.to(grad.dtype.element_ty), mask=mask)
-        of_bias += inner
+        of_token = grads[index] * gate * (1.0 + total * (1.0 - gate))
+        inner += (of_token,)
+        counted = of_token if ALL else tl.where((token >= first) & (token < first + OWN), of_token, 0.0)
+        of_bias += counted
         updated = ()
         for k in tl.static_range(K):
-            updated += (of_taps[k] + inner * tiles[k].to(tl.float32),)  # type: ignore[assignment]
+            updated += (of_taps[k] + counted * own[k],)  # type: ignore[assignment]
         of_taps = updated
-    target = parts + tl.program_id(0).to(tl.int64) * (K + 1) * num_channels + channel
+        target = token - K // 2
+        around = _own_rows(inner, index, token - (K - 1), target, doc_start, doc_end, num_tokens, K, ALL)
+        result = _weighted_sum(tl.zeros_like(bias_C), around, weights, K, True)
+        stored = inside
+        if not ALL:
+            stored = inside & (target >= first) & (target < first + OWN) & (target < num_tokens)
+        place = grad_x + target.to(tl.int64) * stride_grad_x + channel
+        tl.store(place, result.to(grad_x.dtype.element_ty), mask=stored)
+    return _last_rows(inner, K - 1 + AT_ONCE, K - 1), of_taps, of_bias
+
+
+@triton.jit
+def _conv_backward_kernel(
+    x, weight, bias, grad, doc_start, doc_end, grad_x, parts, num_tokens, num_channels,
+    stride_x, stride_grad, stride_grad_x,
+    K: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Gradient of x, and each program's sums for weight and bias, parts (programs, K + 1, C).
+
+    At row s the gradient in front of SiLU is made of token s, and from the last K of them the gradient of x at token
+    s - K // 2. So a program walks over K - 1 rows more than the tokens it owns.
+    """
+    HALF: tl.constexpr = K // 2
+    OWN: tl.constexpr = AT_ONCE * BLOCKS - 2 * HALF
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    inside = channel < num_channels
+    weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
+    first = tl.program_id(0) * OWN
+    before = _load_rows(x, first - 2 * HALF, channel, inside, num_tokens, stride_x, K - 1)
+    of_bias = tl.zeros_like(bias_C)
+    inner = (of_bias,) * (K - 1)
+    of_taps = (of_bias,) * K
+    for block in range(BLOCKS):
+        begin = first - HALF + block * AT_ONCE
+        rows = before + _load_rows(x, begin + HALF, channel, inside, num_tokens, stride_x, AT_ONCE)
+        grads = _load_rows(grad, begin, channel, inside, num_tokens, stride_grad, AT_ONCE)
+        start, stop = _load_document(doc_start, doc_end, begin, num_tokens)
+        in_document = (start <= begin - 2 * HALF) & (begin + AT_ONCE + HALF <= stop)
+        if in_document & (begin - HALF >= first) & (begin + AT_ONCE <= first + OWN):
+            inner, of_taps, of_bias = _convolve_back(
+                rows, grads, inner, of_taps, of_bias, weights, bias_C, begin, first, grad_x, channel, inside,
+                doc_start, doc_end, num_tokens, stride_grad_x, K, AT_ONCE, OWN, True,
+            )  # fmt: skip
+        else:
+            inner, of_taps, of_bias = _convolve_back(
+                rows, grads, inner, of_taps, of_bias, weights, bias_C, begin, first, grad_x, channel, inside,
+                doc_start, doc_end, num_tokens, stride_grad_x, K, AT_ONCE, OWN, False,
+            )  # fmt: skip
+        before = _last_rows(rows, K - 1 + AT_ONCE, K - 1)
+    sums = parts + tl.program_id(0).to(tl.int64) * (K + 1) * num_channels + channel
     for k in tl.static_range(K):
-        tl.store(target + k * num_channels, tl.sum(of_taps[k], 0), mask=inside)
-    tl.store(target + K * num_channels, tl.sum(of_bias, 0), mask=inside)
-
-
-def _convolve(
-    x_TC: torch.Tensor,
-    weight_KC: torch.Tensor,
-    bias_C: torch.Tensor | None,
-    starts: torch.Tensor,
-    ends: torch.Tensor,
-    out_TC: torch.Tensor,
-    *,
-    sign: int,
-) -> None:
-    num_tokens, num_channels = x_TC.shape
-    _conv_kernel[(triton.cdiv(num_tokens, _TOKENS), triton.cdiv(num_channels, _CHANNELS))](
-        x_TC, weight_KC, bias_C, starts, ends, out_TC, num_tokens, num_channels, x_TC.stride(0), out_TC.stride(0),
-        K=weight_KC.shape[0], SIGN=sign, HAS_BIAS=bias_C is not None, SILU=sign > 0,
-        TOKENS=_TOKENS, CHANNELS=_CHANNELS, num_warps=_WARPS,
-    )  # fmt: skip
+        tl.store(sums + k * num_channels, of_taps[k], mask=inside)
+    tl.store(sums + K * num_channels, of_bias, mask=inside)
 
 
 def conv_forward(
     x_TC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None, starts: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
     """silu(conv(x)) (T, C), contiguous; x may be columns of a wider matrix."""
+    num_tokens, num_channels = x_TC.shape
     out_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
-    _convolve(x_TC, weight_C1K[:, 0].T.contiguous(), bias_C, starts, ends, out_TC, sign=1)
+    weight_KC = weight_C1K[:, 0].T.contiguous()
+    walk = FORWARD
+    _conv_kernel[(triton.cdiv(num_tokens, walk.rows), triton.cdiv(num_channels, walk.channels))](
+        x_TC, weight_KC, bias_C, starts, ends, out_TC, num_tokens, num_channels, x_TC.stride(0), out_TC.stride(0),
+        K=weight_KC.shape[0], HAS_BIAS=bias_C is not None, CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once,
+        BLOCKS=walk.rows // walk.rows_at_once, num_warps=walk.warps,
+    )  # fmt: skip
     return out_TC
 
 
@@ -134,17 +228,16 @@ def conv_backward(
     grad_TC: torch.Tensor,
     grad_x_TC: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Writes the gradient of x; returns those of weight (C, 1, K) and bias (C,) in fp32. Overwrites `grad_TC`."""
+    """Writes the gradient of x; returns those of weight (C, 1, K) and bias (C,) in fp32."""
     num_tokens, num_channels = x_TC.shape
-    taps = weight_C1K.shape[-1]
-    weight_KC = weight_C1K[:, 0].T.contiguous()
-    num_parts = triton.cdiv(num_tokens, _GRADIENT_TOKENS * _GRADIENT_TILES)
+    taps, walk = weight_C1K.shape[-1], BACKWARD
+    rows = max(walk.rows, triton.next_power_of_2(2 * taps))
+    num_parts = triton.cdiv(num_tokens, rows - (taps - 1))
     parts = torch.empty(num_parts, taps + 1, num_channels, dtype=torch.float32, device=x_TC.device)
-    _conv_parameters_kernel[(num_parts, triton.cdiv(num_channels, _CHANNELS))](
-        x_TC, weight_KC, bias_C, grad_TC, starts, ends, parts, num_tokens, num_channels,
-        x_TC.stride(0), grad_TC.stride(0), K=taps, HAS_BIAS=bias_C is not None,
-        TOKENS=_GRADIENT_TOKENS, CHANNELS=_CHANNELS, TILES=_GRADIENT_TILES, num_warps=_WARPS,
+    _conv_backward_kernel[(num_parts, triton.cdiv(num_channels, walk.channels))](
+        x_TC, weight_C1K[:, 0].T.contiguous(), bias_C, grad_TC, starts, ends, grad_x_TC, parts, num_tokens,
+        num_channels, x_TC.stride(0), grad_TC.stride(0), grad_x_TC.stride(0), K=taps, HAS_BIAS=bias_C is not None,
+        CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once, BLOCKS=rows // walk.rows_at_once, num_warps=walk.warps,
     )  # fmt: skip
-    _convolve(grad_TC, weight_KC, None, starts, ends, grad_x_TC, sign=-1)
     sums = parts.sum(0)
     return sums[:taps].T[:, None, :].contiguous(), sums[taps]

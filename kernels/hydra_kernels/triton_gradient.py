@@ -1,4 +1,4 @@
-"""The gradients of B, C and the decays in a chunk, one direction at a time."""
+"""The gradients of B, C and the decays: what lies within a chunk, and what crosses its borders."""
 
 from .triton_language import tl, triton
 from .triton_output import load_readers, load_tile
@@ -7,7 +7,98 @@ from .triton_steps import chunk_bounds
 
 
 @triton.jit
-def gradient_kernel(
+def within_kernel(
+    x, grad_y, dt, cumulative, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
+    grad_vectors, read, written,
+    num_tokens, num_documents, num_heads, heads_per_group,
+    stride_x_token, stride_x_head, stride_grad_y_token, stride_grad_y_head,
+    stride_B_direction, stride_B_token, stride_B_group, stride_C_direction, stride_C_token, stride_C_group,
+    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a chunk's own matrix gives, both directions at once. Grid (num_chunks, G * programs_per_group).
+
+    A program sums dB and dC over its heads: grad_vectors (programs_per_group, T, 4, G, N) fp32 as B forward, C forward,
+    B backward, C backward; those of C stand at the token that reads with them. read, written (2, H, T) as
+    steps_backward wants.
+    """
+    chunk = tl.program_id(0)
+    first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
+    if first >= end:
+        return
+    programs_per_group = heads_per_group // HEADS
+    group = tl.program_id(1) // programs_per_group
+    part = tl.program_id(1) % programs_per_group
+    first_head = tl.program_id(1) * HEADS
+    num_groups = num_heads // heads_per_group
+    p, n = tl.arange(0, PP), tl.arange(0, NP)
+    token = first + tl.arange(0, Q)
+    live = token < end
+    start = tl.load(doc_start + token, mask=live, other=0)
+    stop = tl.load(doc_end + token, mask=live, other=0)
+    left_known = live & (token > start)
+    right_known = live & (token + 1 < stop)
+    outside = group.to(tl.int64) * N
+    if HAS_READOUT:
+        outside += tl.load(chunk_document + chunk).to(tl.int64) * num_groups * N
+    outside_right = outside + num_documents * num_groups * N
+    B += group * stride_B_group
+    C += group * stride_C_group
+    Bf = load_tile(B, token, stride_B_token, live, n, N)
+    Bb = load_tile(B + stride_B_direction, token, stride_B_token, live, n, N)
+    Cf = load_readers(
+        C, readout, outside, token - 1, left_known, live & ~left_known, stride_C_token, n, N, HAS_READOUT
+    )  # fmt: skip
+    Cb = load_readers(
+        C + stride_C_direction, readout, outside_right, token + 1, right_known, live & ~right_known, stride_C_token,
+        n, N, HAS_READOUT,
+    )  # fmt: skip
+    row, column = token[:, None], token[None, :]
+    below = row > column
+    allowed = (start[:, None] <= column) & (column < stop[:, None]) & live[:, None] & live[None, :] & (row != column)
+    score = tl.where(
+        below, tl.dot(Cf, tl.trans(Bf), input_precision=PRECISION), tl.dot(Cb, tl.trans(Bb), input_precision=PRECISION)
+    )
+    score = tl.where(allowed, score, 0.0)
+    grad_score = tl.zeros((Q, Q), tl.float32)
+    for index in range(HEADS):
+        head = first_head + index
+        line = head.to(tl.int64) * num_tokens
+        other_line = (num_heads + head).to(tl.int64) * num_tokens
+        dt_f = tl.load(dt + line + token, mask=live, other=0.0)
+        dt_b = tl.load(dt + other_line + token, mask=live, other=0.0)
+        upto_f = tl.load(cumulative + line + token, mask=live, other=0.0)
+        upto_b = tl.load(cumulative + other_line + token, mask=live, other=0.0)
+        before_f = tl.load(cumulative + line + token - 1, mask=left_known & (token > first), other=0.0)
+        before_b = tl.load(cumulative + other_line + token + 1, mask=right_known & (token + 1 < end), other=0.0)
+        x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
+        dy_QP = load_tile(grad_y + head * stride_grad_y_head, token, stride_grad_y_token, live, p, P)
+        # the matrix is score decay dt; an allowed exponent is <= 0
+        exponent = tl.where(below, before_f[:, None] - upto_f[None, :], before_b[:, None] - upto_b[None, :])
+        decay = tl.where(allowed, tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
+        grad_decayed = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION) * decay
+        weighted = grad_decayed * tl.where(below, dt_f[None, :], dt_b[None, :])
+        grad_score += weighted
+        product, weighted = grad_decayed * score, weighted * score
+        tl.store(written + line + token, tl.sum(tl.where(below, product, 0.0), 0), mask=live)
+        tl.store(written + other_line + token, tl.sum(tl.where(below, 0.0, product), 0), mask=live)
+        tl.store(read + line + token, tl.sum(tl.where(below, weighted, 0.0), 1), mask=live)
+        tl.store(read + other_line + token, tl.sum(tl.where(below, 0.0, weighted), 1), mask=live)
+
+    width = num_groups * N
+    base = (part.to(tl.int64) * num_tokens + token.to(tl.int64)) * (4 * width) + group * N
+    target = grad_vectors + base[:, None] + n[None, :]
+    mask = live[:, None] & (n < N)[None, :]
+    lower = tl.where(below, grad_score, 0.0).to(Bf.dtype)
+    upper = tl.where(below, 0.0, grad_score).to(Bf.dtype)
+    tl.store(target, tl.dot(tl.trans(lower), Cf, input_precision=PRECISION), mask=mask)
+    tl.store(target + width, tl.dot(lower, Bf, input_precision=PRECISION), mask=mask)
+    tl.store(target + 2 * width, tl.dot(tl.trans(upper), Cb, input_precision=PRECISION), mask=mask)
+    tl.store(target + 3 * width, tl.dot(upper, Bb, input_precision=PRECISION), mask=mask)
+
+
+@triton.jit
+def across_kernel(
     x, grad_y, dt, cumulative, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
     local, prefix, entering, grad_local, grad_prefix, grad_entering,
     grad_vectors, read, written, passed,
@@ -17,12 +108,11 @@ def gradient_kernel(
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (2 num_chunks, G * programs_per_group), the two directions of a chunk side by side.
+    """What crosses a chunk's borders: the state that entered, and the gradient of the one that leaves.
 
-    A program sums dB and dC over its heads. grad_vectors (programs_per_group, T, 4, G, N) fp32: B forward, C forward,
-    B backward, C backward; those of C stand at the token that reads with them. read, written (2, H, T) and passed
-    (2, num_chunks, H) as steps_backward wants. Words are those of the forward direction: what comes from the left
-    comes from the right in the other.
+    Grid (2 num_chunks, G * programs_per_group), the two directions of a chunk side by side; words are those of the
+    forward one. Adds to what `within_kernel` left in read and written; grad_vectors is a further part of the sum;
+    passed (2, num_chunks, H) as steps_backward wants.
     """
     chunk, direction = tl.program_id(0) // 2, tl.program_id(0) % 2
     ascending = direction == 0
@@ -54,13 +144,8 @@ def gradient_kernel(
         outside += document.to(tl.int64) * num_groups * N
     B_QN = load_tile(B, token, stride_B_token, live, n, N)
     C_QN = load_readers(C, readout, outside, source, known, live & ~known, stride_C_token, n, N, HAS_READOUT)
-    row, column = token[:, None], token[None, :]
-    same_document = (start[:, None] <= column) & (column < stop[:, None]) & live[:, None] & live[None, :]
-    allowed = same_document & tl.where(ascending, row > column, row < column)
-    score = tl.where(allowed, tl.dot(C_QN, tl.trans(B_QN), input_precision=PRECISION), 0.0)
     tile = p[:, None] * N + n[None, :]
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
-    grad_score = tl.zeros((Q, Q), tl.float32)
     grad_B = tl.zeros((Q, NP), tl.float32)
     grad_C = tl.zeros((Q, NP), tl.float32)
     for index in range(HEADS):
@@ -72,35 +157,24 @@ def gradient_kernel(
         whole = tl.load(cumulative + line + last)
         x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
         dy_QP = load_tile(grad_y + head * stride_grad_y_head, token, stride_grad_y_token, live, p, P)
-
-        # Within the chunk: the matrix is score decay dt.
-        decay = tl.where(allowed, tl.exp2(tl.minimum(before[:, None] - upto[None, :], 0.0)), 0.0)
-        grad_decayed = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION) * decay
-        grad_score += grad_decayed * dt_Q[None, :]
-        product = grad_decayed * score
-        written_Q = tl.sum(product, 0)
-        read_Q = tl.sum(product * dt_Q[None, :], 1)
-
-        # Across its borders: the state that entered, and the gradient of the one that leaves.
         place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
         segment_place = (direction * num_segments + chunk // R).to(tl.int64) * num_heads + head
         state = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
         leaving = load_state(grad_local, grad_prefix, grad_entering, place, segment_place, tile, inside_pn, P * N)
+        kept = tl.sum(tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1), 0)
         from_state = tl.dot(dy_QP, state, input_precision=PRECISION) * tl.where(reads, tl.exp2(before), 0.0)[:, None]
         grad_C += from_state
-        read_Q += tl.sum(from_state * C_QN.to(tl.float32), 1)
+        read_Q = tl.sum(from_state * C_QN.to(tl.float32), 1)
         weight = tl.where(writes, tl.exp2(tl.minimum(whole - upto, 0.0)), 0.0)
         to_state = tl.dot(x_QP, leaving, input_precision=PRECISION) * weight[:, None]
         grad_B += to_state * dt_Q[:, None]
-        to_state_Q = tl.sum(to_state * B_QN.to(tl.float32), 1)
-        kept = tl.sum(tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1), 0)
-        tl.store(passed + place, tl.where(through, tl.exp2(whole) * kept, 0.0) + tl.sum(to_state_Q * dt_Q, 0))
+        written_Q = tl.sum(to_state * B_QN.to(tl.float32), 1)
+        tl.store(passed + place, tl.where(through, tl.exp2(whole) * kept, 0.0) + tl.sum(written_Q * dt_Q, 0))
+        read_Q += tl.load(read + line + token, mask=live, other=0.0)
+        written_Q += tl.load(written + line + token, mask=live, other=0.0)
         tl.store(read + line + token, read_Q, mask=live)
-        tl.store(written + line + token, written_Q + to_state_Q, mask=live)
+        tl.store(written + line + token, written_Q, mask=live)
 
-    grad_score_cast = grad_score.to(B_QN.dtype)
-    grad_C = tl.dot(grad_score_cast, B_QN, grad_C, input_precision=PRECISION)
-    grad_B = tl.dot(tl.trans(grad_score_cast), C_QN, grad_B, input_precision=PRECISION)
     width = num_groups * N
     base = (part.to(tl.int64) * num_tokens + token.to(tl.int64)) * (4 * width) + 2 * direction * width + group * N
     target = grad_vectors + base[:, None] + n[None, :]

@@ -1,6 +1,9 @@
-"""Gated RMSNorm and its gradients, one row of channels at a time."""
+"""Gated RMSNorm and its gradients, one row of channels at a time, whole or with the sum of squares from outside."""
+
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .triton_language import tl, triton
 
@@ -9,15 +12,18 @@ _ROWS = 16
 
 @triton.jit
 def _norm_kernel(
-    y, z, weight, out, inverse, width, eps, stride_y, stride_z, stride_out, BLOCK: tl.constexpr
+    y, z, weight, squares, out, inverse, num_channels, width, eps, stride_y, stride_z, stride_out,
+    GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """num_channels of the `width` channels over which the norm is taken. GIVEN: squares (T,) is their sum."""
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
-    mask = channel < width
+    mask = channel < num_channels
     y_C = tl.load(y + row * stride_y + channel, mask=mask, other=0.0).to(tl.float32)
     z_C = tl.load(z + row * stride_z + channel, mask=mask, other=0.0).to(tl.float32)
     weight_C = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(y_C * y_C, 0) / width + eps)
+    total = tl.load(squares + row) if GIVEN else tl.sum(y_C * y_C, 0)
+    scale = 1.0 / tl.sqrt(total / width + eps)
     result = y_C * scale * weight_C * z_C * tl.sigmoid(z_C)
     tl.store(out + row * stride_out + channel, result.to(out.dtype.element_ty), mask=mask)
     tl.store(inverse + row, scale)
@@ -25,11 +31,13 @@ def _norm_kernel(
 
 @triton.jit
 def _norm_backward_kernel(
-    y, z, weight, inverse, grad, grad_y, grad_z, parts, num_tokens, width,
-    stride_y, stride_z, stride_grad, stride_grad_y, stride_grad_z, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    y, z, weight, inverse, grad, grad_y, grad_z, grad_squares, parts, num_tokens, num_channels, width,
+    stride_y, stride_z, stride_grad, stride_grad_y, stride_grad_z,
+    GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
+    """GIVEN: the squares were an input, whose gradient stands apart from y's."""
     channel = tl.arange(0, BLOCK)
-    mask = channel < width
+    mask = channel < num_channels
     weight_C = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)
     for index in range(ROWS):
@@ -43,10 +51,23 @@ def _norm_backward_kernel(
         grad_weight += grad_C * unit_C * z_C * gate
         grad_z_C = grad_C * unit_C * weight_C * gate * (1.0 + z_C * (1.0 - gate))
         grad_unit = grad_C * weight_C * z_C * gate
-        grad_y_C = scale * (grad_unit - unit_C * (tl.sum(grad_unit * unit_C, 0) / width))
+        along = tl.sum(grad_unit * unit_C, 0) / width
+        if GIVEN:  # d scale / d squares = -scale^3 / (2 width)
+            tl.store(grad_squares + row, -0.5 * scale * scale * along, mask=row < num_tokens)
+            grad_y_C = scale * grad_unit
+        else:
+            grad_y_C = scale * (grad_unit - unit_C * along)
         tl.store(grad_y + row * stride_grad_y + channel, grad_y_C.to(grad_y.dtype.element_ty), mask=here)
         tl.store(grad_z + row * stride_grad_z + channel, grad_z_C.to(grad_z.dtype.element_ty), mask=here)
-    tl.store(parts + tl.program_id(0).to(tl.int64) * width + channel, grad_weight, mask=mask)
+    tl.store(parts + tl.program_id(0).to(tl.int64) * num_channels + channel, grad_weight, mask=mask)
+
+
+@triton.jit
+def _squares_kernel(y, out, num_channels, stride_y, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    y_C = tl.load(y + row * stride_y + channel, mask=channel < num_channels, other=0.0).to(tl.float32)
+    tl.store(out + row, tl.sum(y_C * y_C, 0))
 
 
 def _warps(block: int) -> int:
@@ -54,15 +75,21 @@ def _warps(block: int) -> int:
 
 
 def norm_forward(
-    y_TC: torch.Tensor, z_TC: torch.Tensor, weight_C: torch.Tensor, eps: float
+    y_TC: torch.Tensor,
+    z_TC: torch.Tensor,
+    weight_C: torch.Tensor,
+    eps: float,
+    squares_T: torch.Tensor | None = None,
+    width: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Result (T, C) in y's dtype and 1 / rms (T,) fp32."""
-    num_tokens, width = y_TC.shape
-    out = torch.empty(num_tokens, width, dtype=y_TC.dtype, device=y_TC.device)
+    """Result (T, C) in y's dtype and 1 / rms (T,) fp32; squares and width where y holds some of the channels only."""
+    num_tokens, num_channels = y_TC.shape
+    out = torch.empty(num_tokens, num_channels, dtype=y_TC.dtype, device=y_TC.device)
     inverse = torch.empty(num_tokens, dtype=torch.float32, device=y_TC.device)
-    block = triton.next_power_of_2(width)
+    block = triton.next_power_of_2(num_channels)
     _norm_kernel[(num_tokens,)](
-        y_TC, z_TC, weight_C, out, inverse, width, eps, y_TC.stride(0), z_TC.stride(0), out.stride(0),
+        y_TC, z_TC, weight_C, squares_T, out, inverse, num_channels, width or num_channels, eps,
+        y_TC.stride(0), z_TC.stride(0), out.stride(0), GIVEN=squares_T is not None,
         BLOCK=block, num_warps=_warps(block),
     )  # fmt: skip
     return out, inverse
@@ -76,15 +103,91 @@ def norm_backward(
     grad_TC: torch.Tensor,
     grad_y_TC: torch.Tensor,
     grad_z_TC: torch.Tensor,
+    grad_squares_T: torch.Tensor | None = None,
+    width: int | None = None,
 ) -> torch.Tensor:
-    """Writes the gradients of y and z; returns that of the weight (C,) in fp32."""
-    num_tokens, width = y_TC.shape
+    """Writes the gradients of y, z and, where they were given, of the squares; returns the weight's (C,) in fp32."""
+    num_tokens, num_channels = y_TC.shape
     num_parts = triton.cdiv(num_tokens, _ROWS)
-    parts = torch.empty(num_parts, width, dtype=torch.float32, device=y_TC.device)
-    block = triton.next_power_of_2(width)
+    parts = torch.empty(num_parts, num_channels, dtype=torch.float32, device=y_TC.device)
+    block = triton.next_power_of_2(num_channels)
     _norm_backward_kernel[(num_parts,)](
-        y_TC, z_TC, weight_C, inverse_T, grad_TC, grad_y_TC, grad_z_TC, parts, num_tokens, width,
+        y_TC, z_TC, weight_C, inverse_T, grad_TC, grad_y_TC, grad_z_TC, grad_squares_T, parts,
+        num_tokens, num_channels, width or num_channels,
         y_TC.stride(0), z_TC.stride(0), grad_TC.stride(0), grad_y_TC.stride(0), grad_z_TC.stride(0),
-        BLOCK=block, ROWS=_ROWS, num_warps=_warps(block),
+        GIVEN=grad_squares_T is not None, BLOCK=block, ROWS=_ROWS, num_warps=_warps(block),
     )  # fmt: skip
     return parts.sum(0)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y_TC: torch.Tensor,
+        z_TC: torch.Tensor,
+        weight_C: torch.Tensor,
+        squares_T: torch.Tensor | None,
+        eps: float,
+        width: int | None,
+    ) -> torch.Tensor:
+        out_TC, inverse_T = norm_forward(y_TC, z_TC, weight_C, eps, squares_T, width)
+        ctx.squares_are_given, ctx.width = squares_T is not None, width
+        ctx.save_for_backward(y_TC, z_TC, weight_C, inverse_T)
+        return out_TC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_TC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        y_TC, z_TC, weight_C, inverse_T = ctx.saved_tensors
+        grad_y, grad_z = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y_TC, z_TC))
+        grad_squares = torch.empty_like(inverse_T) if ctx.squares_are_given else None
+        grad_TC = grad_TC if grad_TC.stride(-1) == 1 else grad_TC.contiguous()
+        grad_weight = norm_backward(y_TC, z_TC, weight_C, inverse_T, grad_TC, grad_y, grad_z, grad_squares, ctx.width)
+        return grad_y, grad_z, grad_weight.to(weight_C.dtype), grad_squares, None, None
+
+
+class _Squares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y_TC: torch.Tensor) -> torch.Tensor:
+        num_tokens, num_channels = y_TC.shape
+        squares_T = torch.empty(num_tokens, dtype=torch.float32, device=y_TC.device)
+        block = triton.next_power_of_2(num_channels)
+        _squares_kernel[(num_tokens,)](
+            y_TC, squares_T, num_channels, y_TC.stride(0), BLOCK=block, num_warps=_warps(block)
+        )
+        ctx.save_for_backward(y_TC)
+        return squares_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: torch.Tensor) -> torch.Tensor:
+        (y_TC,) = ctx.saved_tensors
+        return torch.mul(y_TC, 2.0 * grad_T[:, None]).to(y_TC.dtype)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.flatten(0, -2)
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+def triton_gated_rms_norm(
+    y: torch.Tensor,
+    z: torch.Tensor,
+    weight_C: torch.Tensor,
+    eps: float,
+    squares: torch.Tensor | None,
+    width: int | None,
+) -> torch.Tensor:
+    """As `gated_rms_norm`."""
+    squares_T = None if squares is None else squares.flatten().contiguous()
+    out_TC = _Norm.apply(_rows(y), _rows(z), weight_C.contiguous(), squares_T, eps, width)
+    assert isinstance(out_TC, torch.Tensor)
+    return out_TC.view(y.shape)
+
+
+def triton_sum_of_squares(y: torch.Tensor) -> torch.Tensor:
+    """As `sum_of_squares`."""
+    squares_T = _Squares.apply(_rows(y))
+    assert isinstance(squares_T, torch.Tensor)
+    return squares_T.view(*y.shape[:-1], 1)

@@ -8,11 +8,11 @@ Shape letters: T tokens of all rows, H heads, G groups, P channels of a head, N 
 R chunks of a segment; a leading 2 is (forward, backward).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .triton_gradient import gradient_kernel, vectors_kernel
+from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
 from .triton_output import apply_kernel
 from .triton_states import pass_kernel, sweep_kernel
@@ -32,7 +32,8 @@ class Settings(NamedTuple):
     backward_chunk: int
     sweep: tuple[int, int]
     output: tuple[int, int]
-    gradient: tuple[int, int]
+    within: tuple[int, int]
+    across: tuple[int, int]
 
 
 def settings(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
@@ -40,13 +41,13 @@ def settings(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
     widest = max(padded_width(headdim), padded_width(d_state))
     if dtype == torch.float32:
         if widest > 64:
-            return Settings(32, 32, (4, 1), (8, 1), (8, 1))
-        return Settings(64, 32, (4, 3), (4, 3), (8, 2))
+            return Settings(32, 32, (4, 1), (8, 1), (8, 1), (8, 1))
+        return Settings(64, 32, (4, 3), (4, 3), (8, 2), (8, 2))
     if (headdim, d_state) == (64, 64):
-        return Settings(64, 64, (4, 2), (4, 2), (4, 2))
+        return Settings(64, 64, (4, 2), (4, 2), (4, 1), (4, 2))
     if widest > 64:
-        return Settings(64, 32, (4, 3), (4, 3), (8, 2))
-    return Settings(128, 64, (4, 3), (8, 3), (8, 2))
+        return Settings(64, 32, (4, 3), (4, 3), (8, 2), (8, 2))
+    return Settings(128, 64, (4, 3), (8, 3), (8, 2), (8, 2))
 
 
 def _launch(warps_and_stages: tuple[int, int]) -> dict[str, int]:
@@ -263,7 +264,7 @@ def scan_backward(
     heads = _heads_per_program(chunks, num_heads, num_groups)
     num_parts = num_heads // num_groups // heads
     width = num_groups * d_state
-    parts = torch.empty(num_parts, num_tokens, 4 * width, dtype=torch.float32, device=x_THP.device)
+    parts = torch.empty(2, num_parts, num_tokens, 4 * width, dtype=torch.float32, device=x_THP.device)
     read, written = torch.empty_like(dt), torch.empty_like(dt)
     passed = torch.zeros(2, chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
     grad_diagonal = None
@@ -271,16 +272,26 @@ def scan_backward(
         grad_diagonal = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=x_THP.device)
     _apply(inputs, chunks, dt, cumulative, grad_y_THP, grads, grad_x_THP, grad_diagonal, chosen.output)
     aligned = chunks.starts is not None
-    gradient_kernel[(2 * chunks.num, num_heads // heads)](
+    tensors = (
         x_THP, grad_y_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.readout_2SGN,
-        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, *states[:3], *grads[:3],
-        parts, read, written, passed,
+        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents,
+    )  # fmt: skip
+    strides = (
+        *x_THP.stride()[:2], *grad_y_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3]
+    )  # fmt: skip
+    options: dict[str, Any] = {
+        "P": headdim, "N": d_state, "PP": padded_width(headdim), "NP": padded_width(d_state), "Q": chunks.size,
+        "ALIGNED": aligned, "HAS_READOUT": inputs.readout_2SGN is not None, "HEADS": heads,
+        "PRECISION": dot_precision(x_THP.dtype),
+    }  # fmt: skip
+    within_kernel[(chunks.num, num_heads // heads)](
+        *tensors, parts[0], read, written, num_tokens, chunks.num_documents, num_heads, num_heads // num_groups,
+        *strides, **options, **_launch(chosen.within),
+    )  # fmt: skip
+    across_kernel[(2 * chunks.num, num_heads // heads)](
+        *tensors, *states[:3], *grads[:3], parts[1], read, written, passed,
         num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
-        *x_THP.stride()[:2], *grad_y_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
-        P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
-        R=chunks.per_segment, ALIGNED=aligned, HAS_READOUT=inputs.readout_2SGN is not None,
-        HEADS=heads, PRECISION=dot_precision(x_THP.dtype),
-        **_launch(chosen.gradient),
+        *strides, R=chunks.per_segment, **options, **_launch(chosen.across),
     )  # fmt: skip
     grad_A = torch.zeros(chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
     grad_bias = None if inputs.bias_H is None else torch.zeros_like(grad_A)
@@ -293,13 +304,13 @@ def scan_backward(
     columns = min(64, triton.next_power_of_2(4 * width))
     vectors_kernel[(triton.cdiv(num_tokens, 64), triton.cdiv(4 * width, columns))](
         parts, inputs.starts_T, inputs.ends_T, grad_vectors_TV, num_tokens, grad_vectors_TV.stride(0),
-        PARTS=num_parts, WIDTH=width, COLUMNS=columns, Q=64,
+        PARTS=2 * num_parts, WIDTH=width, COLUMNS=columns, Q=64,
     )  # fmt: skip
     grad_readout = None
     if inputs.readout_2SGN is not None:
         assert inputs.borders is not None
         edges = torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))
-        reading = parts.sum(0).view(num_tokens, 2, 2, num_groups, d_state)[:, :, 1]
+        reading = parts.sum((0, 1)).view(num_tokens, 2, 2, num_groups, d_state)[:, :, 1]
         grad_readout = torch.stack([reading[edges[direction], direction] for direction in range(2)])
     bias = None if grad_bias is None else grad_bias.sum(0)
     return ScanGradients(grad_A.sum(0), bias, grad_diagonal, grads.edges_2SHPN, grad_readout)

@@ -52,24 +52,35 @@ def test_convolution_without_bias_of_nothing_and_misused() -> None:
         depthwise_conv_silu(x, draw(3, 1, 3))
 
 
-def test_gated_norm() -> None:
+BACKENDS = {"torch": (torch.float64, 1e-12), "triton": (torch.float32, 1e-5)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gated_norm(backend: str) -> None:
+    dtype, tolerance = BACKENDS[backend]
     inputs = {"y": draw(2, 7, 12), "z": draw(2, 7, 12) * 3, "weight": draw(12)}
-    found = with_gradients(lambda y, z, weight: gated_rms_norm(y, z, weight, eps=1e-5), inputs)
-    assert_all_close(found, with_gradients(lambda y, z, weight: gated_norm(y, z, weight, 1e-5), inputs), 1e-12)
+    found = with_gradients(
+        lambda y, z, weight: gated_rms_norm(y, z, weight, eps=1e-5, backend=backend),
+        {name: tensor.to(dtype) for name, tensor in inputs.items()},
+    )
+    assert_all_close(found, with_gradients(lambda y, z, weight: gated_norm(y, z, weight, 1e-5), inputs), tolerance)
 
 
-def test_gated_norm_of_split_channels_with_the_sums_added() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gated_norm_of_split_channels_with_the_sums_added(backend: str) -> None:
+    dtype, tolerance = BACKENDS[backend]
     inputs = {"y": draw(2, 7, 12), "z": draw(2, 7, 12), "weight": draw(12)}
 
     def split(y: torch.Tensor, z: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        squares = sum(sum_of_squares(part) for part in y.split([8, 4], -1))
+        squares = sum(sum_of_squares(part, backend=backend) for part in y.split([8, 4], -1))
         parts = zip(y.split([8, 4], -1), z.split([8, 4], -1), weight.split([8, 4]), strict=True)
-        return torch.cat([gated_rms_norm(*part, eps=1e-5, squares_BL1=squares, width=12) for part in parts], -1)
+        options = {"eps": 1e-5, "squares_BL1": squares, "width": 12, "backend": backend}
+        return torch.cat([gated_rms_norm(*part, **options) for part in parts], -1)
 
     assert_all_close(
-        with_gradients(split, inputs),
+        with_gradients(split, {name: tensor.to(dtype) for name, tensor in inputs.items()}),
         with_gradients(lambda y, z, weight: gated_norm(y, z, weight, 1e-5), inputs),
-        1e-12,
+        tolerance,
     )
 
 

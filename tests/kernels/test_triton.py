@@ -1,12 +1,14 @@
 """The Triton kernels, in the interpreter on a CPU and compiled on a GPU, against the recurrence token by token."""
 
+from typing import Any
+
 import pytest
 import torch
 from compare import assert_all_close, with_gradients
 from test_mixer import FILES, load
 from test_scan import borders, make_inputs
 
-from hydra_kernels import HydraMixer, depthwise_conv_silu, quasiseparable_scan, triton_scan
+from hydra_kernels import HydraMixer, add_norm, depthwise_conv_silu, quasiseparable_scan, triton_scan
 
 FP32 = 1e-5
 
@@ -124,3 +126,42 @@ def test_two_backward_passes_are_bit_equal() -> None:
 def test_fp64_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="fp32, bf16 and fp16"):
         quasiseparable_scan(**make_inputs(1, 3), backend="triton")
+
+
+@pytest.mark.parametrize("centred", [True, False], ids=["layer norm", "rms norm"])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 3), (21, 40), (3, 1100)], ids=str)
+def test_add_norm(tokens: int, width: int, centred: bool) -> None:
+    generator = torch.Generator().manual_seed(width)
+    inputs = {name: torch.randn(tokens, width, generator=generator, dtype=torch.float64) for name in ("x", "branch")}
+    inputs |= {name: torch.randn(width, generator=generator, dtype=torch.float64) for name in ("weight", "bias")}
+    if not centred:
+        del inputs["bias"]
+
+    def textbook(x: torch.Tensor, branch: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        total = x + branch
+        if bias is None:
+            return total / (total.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight
+        centre = total - total.mean(-1, keepdim=True)
+        return centre / (centre.square().mean(-1, keepdim=True) + 1e-3).sqrt() * weight + bias
+
+    for backend, dtype, tolerance in (("triton", torch.float32, FP32), ("torch", torch.float64, 1e-12)):
+        found = with_gradients(
+            lambda x, branch, weight, bias=None, backend=backend: add_norm(
+                x, branch, weight, bias, eps=1e-3, backend=backend
+            ),
+            {name: tensor.to(dtype) for name, tensor in inputs.items()},
+        )
+        assert_all_close(found, with_gradients(textbook, inputs), tolerance, floor=1e-6)
+
+
+def test_add_norm_of_a_stream_in_fp32_and_a_layer_in_bf16() -> None:
+    x, branch = torch.randn(5, 48).requires_grad_(), torch.randn(5, 48).bfloat16().requires_grad_()
+    y = add_norm(x, branch, torch.ones(48), torch.zeros(48), backend="triton")
+    grad = torch.randn(5, 96)[:, ::2]
+    y.backward(grad)
+    total = (x.detach() + branch.detach().float()).requires_grad_()
+    expected = torch.nn.functional.layer_norm(total, (48,))
+    expected.backward(grad)
+    assert y.dtype == torch.float32 and torch.allclose(y, expected, atol=1e-5)
+    assert torch.allclose(x.grad, total.grad, atol=1e-5)
+    assert branch.grad.dtype == torch.bfloat16 and torch.allclose(branch.grad.float(), x.grad, rtol=2**-7)

@@ -1,0 +1,131 @@
+"""The layers' forward and backward pass as two CUDA graphs: a micro batch starts them instead of thousands of kernels.
+
+A graph repeats the same kernels on the same memory. So everything that changes is copied to fixed places first (input
+vectors, document borders, the gradient that comes back), and results are read from fixed places. Kernels are the ones
+that would run otherwise, and the numbers are the same bit for bit.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from hydra_kernels import Documents
+from hydra_scale.config import Config
+from hydra_scale.model.stretch import Stretch
+
+_WARM_UP_RUNS = 2
+
+
+def why_not_captured(config: Config, device: torch.device) -> str | None:
+    """What keeps the layers of a run from being CUDA graphs; None if nothing does."""
+    parallel, mixer = config.parallel, config.model.mixer
+    reasons = {
+        "the device is no GPU": device.type != "cuda",
+        "training.cuda_graphs is off": not config.training.cuda_graphs,
+        "data.packing is off, so micro batches differ in length": not config.data.packing,
+        "attention layers look at the documents' lengths": "A" in config.model.layer_kinds,
+        "learnable initial states make tensors as long as there are documents": mixer.learnable_init_states,
+        f"mixer.backend {mixer.backend} waits for the device": mixer.backend not in ("auto", "triton"),
+        "ranks that share a micro batch speak to each other inside the layers": parallel.tensor * parallel.context > 1,
+        "pipelines have several micro batches in flight": parallel.pipeline > 1,
+        "ZeRO 3 moves the weights": config.zero.stage == 3,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+class CapturedLayers:
+    """Layers that run as CUDA graphs, recorded at the first call, for that number of tokens; others run as they are."""
+
+    def __init__(self, layers: nn.Module) -> None:
+        """`layers` maps (T, D) and a stretch to (T, D), and looks at nothing else that changes but its parameters."""
+        self._layers = layers
+        self._passes: _Passes | None = None
+
+    def __call__(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
+        """(T, D) -> (T, D). The result is overwritten by the next call: differentiate before it."""
+        if self._passes is None:
+            self._passes = _record(self._layers, x_TD.detach(), stretch.documents)
+        if x_TD.shape != self._passes.x_TD.shape:
+            found = self._layers(x_TD, stretch)
+        else:
+            found = _Replay.apply(self._passes, stretch.documents, x_TD, *self._layers.parameters())
+        assert isinstance(found, torch.Tensor)
+        return found
+
+
+class _Passes(NamedTuple):
+    """Two graphs and the places they read and write."""
+
+    forward: torch.cuda.CUDAGraph
+    backward: torch.cuda.CUDAGraph
+    documents: Documents
+    x_TD: torch.Tensor
+    y_TD: torch.Tensor
+    grad_y_TD: torch.Tensor
+    gradients: tuple[torch.Tensor, ...]
+    """Of the input, then of the parameters."""
+
+
+def _record(layers: nn.Module, x_TD: torch.Tensor, documents: Documents) -> _Passes:
+    fixed = Documents(documents.borders, documents.starts_T.clone(), documents.ends_T.clone(), documents.lengths)
+    num_tokens, device = len(x_TD), x_TD.device
+    stretch = Stretch((0, num_tokens), 0, num_tokens, device, fixed=fixed)
+    x_TD = x_TD.clone().requires_grad_()
+    # the same memory as leaves of their own: what hangs on the parameters' own gradients is not to be recorded
+    parameters = {name: weight.detach().requires_grad_() for name, weight in layers.named_parameters()}
+    leaves = (x_TD, *parameters.values())
+
+    def run() -> torch.Tensor:
+        y_TD = functional_call(layers, parameters, (x_TD, stretch))
+        assert isinstance(y_TD, torch.Tensor)
+        return y_TD
+
+    forward, backward, pool = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    # "thread_local": NCCL's watchdog and the loader live in other threads, which may go on
+    capture: dict[str, Any] = {"pool": pool, "capture_error_mode": "thread_local"}
+    # without autocast's cache, or the graph would read 16 bit copies of today's weights for ever
+    with torch.autocast(
+        device.type,
+        dtype=torch.get_autocast_dtype(device.type),
+        enabled=torch.is_autocast_enabled(device.type),
+        cache_enabled=False,
+    ):
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):  # compiles kernels and lets libraries take their workspace
+            for _ in range(_WARM_UP_RUNS):
+                y_TD = run()
+                torch.autograd.grad(y_TD, leaves, torch.zeros_like(y_TD))
+                del y_TD
+        torch.cuda.current_stream(device).wait_stream(side)
+        with torch.cuda.graph(forward, **capture):
+            y_TD = run()
+        grad_y_TD = torch.empty_like(y_TD)
+        with torch.cuda.graph(backward, **capture):
+            gradients = torch.autograd.grad(y_TD, leaves, grad_y_TD)
+    return _Passes(forward, backward, fixed, x_TD.detach(), y_TD.detach(), grad_y_TD, gradients)
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, passes: _Passes, documents: Documents, x_TD: torch.Tensor, *parameters: nn.Parameter
+    ) -> torch.Tensor:
+        passes.x_TD.copy_(x_TD)
+        passes.documents.starts_T.copy_(documents.starts_T)
+        passes.documents.ends_T.copy_(documents.ends_T)
+        passes.forward.replay()
+        ctx.passes = passes
+        return passes.y_TD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        passes: _Passes = ctx.passes
+        passes.grad_y_TD.copy_(grad_y_TD)
+        passes.backward.replay()
+        # held here as well, so autograd copies them into .grad rather than keep what the next replay overwrites
+        return None, None, *passes.gradients
