@@ -160,6 +160,9 @@ class RecomputeConfig(Section):
     """full: a layer keeps its input only; selective: also the results of the operations in `keep`."""
     every: PositiveInt = 1
     """Of so many layers one is concerned, the first of them."""
+    together: PositiveInt = 1
+    """So many layers keep one input for all; each is computed once more than by itself. For sequences so long that the
+    inputs of all layers do not fit."""
     keep: tuple[Literal["mm", "addmm", "bmm"], ...] = ("mm", "addmm")
     """PyTorch operations whose results are kept under selective: matrix products, with a bias, in batches."""
 

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
     "parallel.", "zero.", "checkpoint.", "monitor.", "evaluation.", "data.train", "data.eval",
-    "training.micro_batch_size", "training.steps", "training.recompute.", "model.mixer.backend",
+    "training.micro_batch_size", "training.steps", "training.recompute.", "training.cuda_graphs", "model.mixer.backend",
     "model.mixer.chunk_size",
 )  # fmt: skip
 """Settings that a run may change when it continues: none of them changes what is computed, but for training.steps,

@@ -14,6 +14,8 @@ from hydra_scale.model.masked_lm import MaskedLanguageModel
 from hydra_scale.topology import ALONE, Context, TensorRanks
 
 log = logging.getLogger(__name__)
+_TOKENS_SCORED_AT_ONCE = 32768
+"""More, and the scores of the masked ones among them would outgrow the layers' memory."""
 _VOCAB_MULTIPLE = 64  # a whole number of tiles for the output product
 
 
@@ -51,8 +53,15 @@ def build_model(
             f"model.vocab_size is {vocab_size}: not divisible by parallel.tensor {tensor.size};"
             f" nearest: {-(-vocab_size // tensor.size) * tensor.size}"
         )
+    tokens = config.training.micro_batch_size * config.data.seqlen // (1 if context is None else context.size)
     model = MaskedLanguageModel(
-        config.model, vocab_size, config.training.seed, context, tensor, config.training.recompute
+        config.model,
+        vocab_size,
+        config.training.seed,
+        context,
+        tensor,
+        config.training.recompute,
+        score_blocks=-(-tokens // _TOKENS_SCORED_AT_ONCE),
     )
     initialise(model, config.model, config.training.seed)
     model = model.to(device)

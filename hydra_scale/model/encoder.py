@@ -8,7 +8,7 @@ from hydra_scale.model.attention import Attention
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
-from hydra_scale.model.recompute import KEEP_ALL, run_layer
+from hydra_scale.model.recompute import KEEP_ALL, run_layers
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.topology import ALONE, TensorRanks
 
@@ -44,6 +44,5 @@ class Encoder(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D), documents laid end to end."""
-        for index, layer in enumerate(self.layers):
-            x_TD = run_layer(layer, index, x_TD, stretch, self._recompute)
+        x_TD = run_layers(list(enumerate(self.layers)), x_TD, stretch, self._recompute)
         return x_TD if self.final_norm is None else self.final_norm(x_TD)

@@ -4,6 +4,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.errors import ConfigError
@@ -79,9 +80,15 @@ class MaskedLanguageModel(nn.Module):
         context: Context | None = None,
         tensor: TensorRanks = ALONE,
         recompute: RecomputeConfig = KEEP_ALL,
+        score_blocks: int = 1,
     ) -> None:
-        """`context`: the ranks among which each micro batch is divided; absent: it lies here whole."""
+        """context: the ranks among which each micro batch is divided; absent: it lies here whole.
+
+        score_blocks: into so many the masked positions are divided in the head; the same on all ranks, for ZeRO 3
+        gathers its weights for each.
+        """
         super().__init__()
+        self._score_blocks = score_blocks
         self._context, self._halo, self._tensor = context, config.mixer.d_conv // 2, tensor
         self.embedding = Embedding(config, vocab_size, dropout_key, tensor)
         self.encoder = Encoder(config, tensor, recompute)
@@ -111,7 +118,21 @@ class MaskedLanguageModel(nn.Module):
         return self.head(self.hidden(batch).index_select(0, batch.masked_positions), self.embedding.word.weight)
 
     def forward(self, batch: MaskedTokens) -> LossSums:
-        """Summed loss and number of right predictions at the masked positions."""
-        logits_MV = self.logits(batch)
-        loss = cross_entropy(logits_MV, batch.targets, self._tensor).sum()
-        return LossSums(loss, (likeliest(logits_MV, self._tensor) == batch.targets).sum())
+        """Summed loss and number of right predictions at the masked positions.
+
+        Scored in more than one block, the scores of a block live only while it is worked on, in either pass.
+        """
+        vectors_MD = self.hidden(batch).index_select(0, batch.masked_positions)
+        if self._score_blocks == 1:
+            return self._score(vectors_MD, batch.targets)
+        blocks = (tensor.tensor_split(self._score_blocks) for tensor in (vectors_MD, batch.targets))
+        scored = [
+            checkpoint(self._score, *block, use_reentrant=False, preserve_rng_state=False)
+            for block in zip(*blocks, strict=True)
+        ]
+        return LossSums(*(torch.stack(sums).sum() for sums in zip(*scored, strict=True)))
+
+    def _score(self, vectors_MD: torch.Tensor, targets_M: torch.Tensor) -> LossSums:
+        logits_MV = self.head(vectors_MD, self.embedding.word.weight)
+        loss = cross_entropy(logits_MV, targets_M, self._tensor).sum()
+        return LossSums(loss, (likeliest(logits_MV, self._tensor) == targets_M).sum())

@@ -1,6 +1,6 @@
 """Activation checkpointing: what a layer keeps for its backward pass, and what it computes again there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +15,32 @@ KEEP_ALL = RecomputeConfig()
 """Nothing is computed again."""
 
 
-def run_layer(layer: nn.Module, index: int, x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig) -> Any:
-    """layer(x, stretch), keeping of layer `index` only what `config` says. Gradients do not change.
+def run_layers(
+    layers: Sequence[tuple[int, nn.Module]], x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig
+) -> torch.Tensor:
+    """The layers, each with its number, one after the other, keeping what `config` says. Gradients do not change.
 
     No generator state is kept: dropout is a function of the token.
     """
+    if config.together == 1 or config.kind == "none" or not torch.is_grad_enabled():
+        return _run_each(layers, x_TD, stretch, config)
+    for begin in range(0, len(layers), config.together):
+        some = layers[begin : begin + config.together]
+        found = checkpoint(_run_each, some, x_TD, stretch, config, use_reentrant=False, preserve_rng_state=False)
+        assert isinstance(found, torch.Tensor)
+        x_TD = found
+    return x_TD
+
+
+def _run_each(
+    layers: Sequence[tuple[int, nn.Module]], x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig
+) -> torch.Tensor:
+    for index, layer in layers:
+        x_TD = _run_layer(layer, index, x_TD, stretch, config)
+    return x_TD
+
+
+def _run_layer(layer: nn.Module, index: int, x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig) -> Any:
     if config.kind == "none" or index % config.every or not torch.is_grad_enabled():
         return layer(x_TD, stretch)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
