@@ -102,6 +102,39 @@ def training(
 
 
 @bench.command()
+def scaling(
+    config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some.")],
+    processes: Annotated[int, typer.Option(min=2, help="Processes of this host, one a GPU.")] = 2,
+    layout: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings of a layout, 'parallel.context=2 zero.stage=1'; repeatable.  [each way alone]"),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step for each process.")] = 16384,
+    seqlen: Annotated[
+        int, typer.Option(min=1, help="Tokens of a document, but under context parallelism: that has one document.")
+    ] = 2048,
+    steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after three that are not.")] = 10,
+    output: Output = Path("bench"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
+    ] = None,
+) -> None:
+    """Training steps on several devices of this host, in each layout, beside as many times one device."""
+    from hydra_scale.accelerator import choose_accelerator
+    from hydra_scale.bench.scaling import Layout, Plan, layouts, run
+    from hydra_scale.bench.table import on_this_machine
+    from hydra_scale.config_file import load_config
+
+    chosen = [Layout(text, tuple(text.split()), "parallel.context" in text) for text in layout or ()]
+    for each in chosen or layouts(processes):
+        settings = load_config(config, [*(overrides or []), *each.settings])  # a mistake is told before the first start
+    accelerator = choose_accelerator(0)
+    origin = on_this_machine(accelerator.device, accelerator.name, settings.training.precision)
+    plan = Plan(config, overrides or [], processes, chosen or layouts(processes), tokens, seqlen, steps)
+    _collect(run(plan), output / "scaling.csv", origin)
+
+
+@bench.command()
 def profile(
     config: Annotated[
         Path | None, typer.Option(help="YAML configuration: one training step of it.  [a mixer of --width]")

@@ -58,6 +58,12 @@ class Row:
     """tflops over those of the matrix product measured in the same run."""
     gb_per_second: float | None = None
     """10^9 bytes read and written a second."""
+    processes: int | None = None
+    efficiency: float | None = None
+    """tokens_per_second over those of one process times `processes`."""
+    loss: float | None = None
+    grad_norm: float | None = None
+    """Of the very first step."""
     difference: float | None = None
     """Relative RMS difference of the output, with the same weights and input, from the first row of its kind; in
     training relative difference of the first step's loss."""

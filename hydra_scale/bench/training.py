@@ -23,6 +23,7 @@ from hydra_scale.data.tokenizer import MASK_ID
 from hydra_scale.model.build import build_model, parameter_groups
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.stretch import Stretch
+from hydra_scale.monitor.metrics import StepResult
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.topology import Topology
 from hydra_scale.training.step import train_step
@@ -118,9 +119,9 @@ def _measure(
     return Measured(row, loss)
 
 
-def random_batch(vocab_size: int, num_sequences: int, seqlen: int) -> Batch:
+def random_batch(vocab_size: int, num_sequences: int, seqlen: int, seed: int = _SEED) -> Batch:
     """Documents of exactly `seqlen` random ordinary tokens, of which 30% stand masked."""
-    generator = torch.Generator().manual_seed(_SEED)
+    generator = torch.Generator().manual_seed(seed)
     num_tokens = num_sequences * seqlen
     tokens = torch.randint(MASK_ID + 1, vocab_size, (num_tokens,), generator=generator)
     masked = torch.randperm(num_tokens, generator=generator)[: round(_MASK_RATE * num_tokens)].sort().values
@@ -137,13 +138,32 @@ def random_batch(vocab_size: int, num_sequences: int, seqlen: int) -> Batch:
     )
 
 
-def for_batch(config: Config, batch: Batch) -> Config:
-    """The configuration whose step is one such batch."""
+def for_batch(config: Config, batch: Batch, num_batches: int = 1) -> Config:
+    """The configuration whose step is so many such batches, each on ranks of its own."""
     values = config.model_dump()
     values["data"] |= {"seqlen": batch.max_seqlen, "packing": True}  # as many tokens in every step
     values["model"]["max_positions"] = max(config.model.max_positions, batch.max_seqlen)
-    values["training"] |= {"global_batch_size": batch.num_sequences, "micro_batch_size": batch.num_sequences}
+    values["training"] |= {
+        "global_batch_size": batch.num_sequences * num_batches,
+        "micro_batch_size": batch.num_sequences,
+    }
     return Config.model_validate(values)
+
+
+@contextmanager
+def optimizer_steps(
+    config: Config, vocab_size: int, topology: Topology, batch: Batch, change: Callable[[nn.Module], None] | None = None
+) -> Iterator[Callable[[], StepResult]]:
+    """Pretraining's step on one batch, again and again; `change` may exchange parts of the fresh model."""
+    model = build_model(config, vocab_size, topology.accelerator.device, topology.context, topology.tensor)
+    if change is not None:
+        change(model)
+    optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
+    try:
+        yield lambda: train_step(optimizer, [batch], 1, config.optimizer.lr, config, topology)
+    finally:
+        engine: Any = optimizer.module
+        engine.destroy()  # its hooks on the gradients would keep model and moments for good
 
 
 @contextmanager
@@ -158,21 +178,19 @@ def our_step(
 
     Its kernels search for settings as they run, so its layers are no CUDA graphs.
     """
+    change = None
     if peers is not None:
         training = config.training.model_copy(update={"cuda_graphs": False})
         config = config.model_copy(update={"training": training})
-    model = build_model(config, vocab_size, topology.accelerator.device)
-    if peers is not None:
-        public = peers.public_hydra()
-        for layer in model.encoder.layers:
-            if isinstance(layer.mixer, HydraLayerMixer):
-                layer.mixer = PublicMixer(public, config.model.d_model, config.model.mixer, layer.mixer)
-    optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
-    try:
-        yield lambda: train_step(optimizer, [batch], 1, config.optimizer.lr, config, topology).loss
-    finally:
-        engine: Any = optimizer.module
-        engine.destroy()  # its hooks on the gradients would keep model and moments for good
+        change = partial(_with_public_mixers, config=config, public=peers.public_hydra())
+    with optimizer_steps(config, vocab_size, topology, batch, change) as step:
+        yield lambda: step().loss
+
+
+def _with_public_mixers(model: Any, config: Config, public: Callable[..., nn.Module]) -> None:
+    for layer in model.encoder.layers:
+        if isinstance(layer.mixer, HydraLayerMixer):
+            layer.mixer = PublicMixer(public, config.model.d_model, config.model.mixer, layer.mixer)
 
 
 class PublicMixer(nn.Module):

@@ -59,13 +59,29 @@ def test_gpu_and_cpu_agree(corpus: Path, one_gpu: Path, tmp_path: Path) -> None:
         assert rows(one_gpu, key) == pytest.approx(rows(cpu, key), rel=2e-5), key
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_two_gpus_are_one(corpus: Path, one_gpu: Path, tmp_path: Path, stage: int) -> None:
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "zero.stage=1", "zero.stage=2", "zero.stage=3", "zero.offload=true",
+        "parallel.tensor=2", "parallel.tensor=2 parallel.sequence=true", "parallel.tensor=2 zero.stage=3",
+        "parallel.context=2", "parallel.context=2 parallel.exchange=neighbour", "parallel.context=2 parallel.exchange=heads",
+        "parallel.context=2 zero.stage=3 training.recompute.kind=full training.recompute.together=2",
+    ],
+)  # fmt: skip
+def test_two_gpus_are_one(corpus: Path, one_gpu: Path, tmp_path: Path, layout: str) -> None:
     assert torch.cuda.device_count() >= 2, "needs two GPUs"
-    two = train(tmp_path / "run", corpus, 2, f"zero.stage={stage}")
+    two = train(tmp_path / "run", corpus, 2, *layout.split())
     for key in ("loss", "grad_norm", "eval/loss"):
         assert rows(two, key) == pytest.approx(rows(one_gpu, key), rel=1e-5), key
     assert ledger(two) == ledger(one_gpu)
+
+
+@pytest.mark.parametrize("layout", ["parallel.tensor=2", "parallel.context=2"])
+def test_two_gpus_in_bf16(corpus: Path, one_gpu: Path, tmp_path: Path, layout: str) -> None:
+    assert torch.cuda.device_count() >= 2, "needs two GPUs"
+    two = train(tmp_path / "run", corpus, 2, *layout.split(), "training.precision=bf16")
+    assert rows(two, "loss") == pytest.approx(rows(one_gpu, "loss"), rel=1e-2)
+    assert rows(two, "grad_norm") == pytest.approx(rows(one_gpu, "grad_norm"), rel=5e-2)
 
 
 def test_bf16_follows_fp32(corpus: Path, one_gpu: Path, tmp_path: Path) -> None:
