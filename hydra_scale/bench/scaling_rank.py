@@ -28,7 +28,6 @@ def measure(job: dict[str, Any]) -> dict[str, Any] | None:
         with optimizer_steps(for_batch(config, batch, topology.batch_size), vocab_size, topology, batch) as step:
             first = step()
             interleave([step], NUM_WARM_UP - 1, instrument)
-            instrument.release()
             (times,) = interleave([step], job["num_steps"], instrument)
         slowest = torch.tensor([*times, float(instrument.peak() or 0)], dtype=torch.float64, device=device)
         dist.all_reduce(slowest, dist.ReduceOp.MAX)

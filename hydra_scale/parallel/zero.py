@@ -114,7 +114,7 @@ class ZeroOptimizer:
         """
         for part, weight in self._slices_with_weights():
             flat = weight.ds_tensor.data if self._is_stage_3 else weight.data.flatten()[part.start :]
-            if not torch.equal(flat[: part.parameter.numel()].to(part.parameter.dtype), part.parameter):
+            if not torch.equal(flat[: part.parameter.numel()].to(part.parameter), part.parameter):
                 raise CheckpointError(f"{part.name}: the optimizer's slice at {part.start} is not this weight's slice")
 
     def _slices_with_weights(self) -> Iterator[tuple[LocalSlice, Any]]:

@@ -27,7 +27,8 @@ class _Scan(torch.autograd.Function):
     def backward(
         ctx: Any, grad_y_THP: torch.Tensor, grad_final: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
-        inputs = _scan_inputs(ctx.chunk_size, *ctx.saved_tensors)
+        tensors = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
+        inputs = _scan_inputs(ctx.chunk_size, *tensors)
         ngroups, d_state = inputs.B_2TGN.shape[2:]
         grad_x = torch.empty(inputs.x_THP.shape, dtype=grad_y_THP.dtype, device=grad_y_THP.device)
         grad_steps = torch.empty(inputs.steps_2TH.shape, dtype=torch.float32, device=grad_y_THP.device)
@@ -37,7 +38,7 @@ class _Scan(torch.autograd.Function):
         grad_BC = vectors_TV.view(-1, 2, 2, ngroups, d_state).permute(1, 2, 0, 3, 4)
         found = (grad_x, grad_steps, grads.A_H, grad_BC[:, 0], grad_BC[:, 1], grads.diagonal_TH)
         edges = (grads.initial_2SHPN if inputs.initial_2SHPN is not None else None, grads.readout_2SGN)
-        return None, *_in_dtype_of(ctx.saved_tensors[:8], found + edges), None, None, None
+        return None, *_in_dtype_of(tensors[:8], found + edges), None, None, None
 
 
 def _scan_inputs(chunk_size: int, *tensors: torch.Tensor | None) -> ScanInputs:
