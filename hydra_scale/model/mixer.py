@@ -5,11 +5,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from hydra_kernels import gated_rms_norm, hydra_mix, scan_operands, sum_of_squares
+from hydra_kernels import (
+    gated_rms_norm,
+    hydra_mix,
+    hydra_mix_of_stretch,
+    resolve_backend,
+    scan_operands,
+    sum_of_squares,
+)
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.scan_stretch import scan_stretch
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.parallel.context import with_halo
+from hydra_scale.parallel.context import StateExchange, with_halo
 from hydra_scale.parallel.tensor import (
     ColumnLinear,
     RowLinear,
@@ -21,7 +28,7 @@ from hydra_scale.parallel.tensor import (
     sum_for_heads,
     with_all_tokens,
 )
-from hydra_scale.topology import ALONE, TensorRanks
+from hydra_scale.topology import ALONE, Context, TensorRanks
 
 
 class HydraLayerMixer(nn.Module):
@@ -84,8 +91,11 @@ class HydraLayerMixer(nn.Module):
         context, divided_heads = stretch.context, self._tensor.size > 1
         x_TD = with_all_tokens(x_TD, self._tensor)
         x_TD = x_TD if context is None else with_halo(x_TD, stretch.halo, context)
+        projected_1RE = self.in_proj(x_TD)[None]
+        if context is not None and not divided_heads and self._runs_fused(projected_1RE, context):
+            return self._mix_of_stretch(projected_1RE, stretch, context)
         wide = scan_operands(
-            self.in_proj(x_TD)[None],
+            projected_1RE,
             **self._operands(),
             cu_seqlens=stretch.documents if context is None else stretch.documents_with_halo,
             sum_for_heads=sum_for_heads if divided_heads else None,
@@ -101,6 +111,27 @@ class HydraLayerMixer(nn.Module):
             y_1TI, operands.z_BLI, weight, squares_BL1=squares, width=self._d_inner, backend=backend
         )
         return mixed_1TI[0]
+
+    def _runs_fused(self, projected_1RE: torch.Tensor, context: Context) -> bool:
+        whole_heads = context.exchange != "heads" and self.init_states is None
+        return whole_heads and resolve_backend(self._mixer.backend, projected_1RE) == "triton"
+
+    def _mix_of_stretch(self, projected_1RE: torch.Tensor, stretch: Stretch, context: Context) -> torch.Tensor:
+        """Other tokens enter in the middle of the kernels: states are swept once, exchanged, and read."""
+        starts_T, ends_T = stretch.outer_borders
+        operands = self._operands()
+        del operands["backend"]
+        return hydra_mix_of_stretch(
+            projected_1RE,
+            halo=stretch.halo,
+            documents_with_halo=stretch.documents_with_halo,
+            starts_T=starts_T,
+            ends_T=ends_T,
+            exchange=StateExchange(context),
+            norm_weight=self.norm("weight"),
+            chunk_size=self._mixer.chunk_size,
+            **operands,
+        )[0]
 
     def _operands(self) -> dict[str, Any]:
         mixer = self._mixer

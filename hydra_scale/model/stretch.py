@@ -56,6 +56,18 @@ class Stretch:
         return self._documents(self.first - self.halo, self.end + self.halo)
 
     @cached_property
+    def outer_borders(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each token here the first token of its document and one behind its last, int32, counted from `first`;
+        -1 and one more than there are tokens where it goes on outside."""
+        num_tokens = self.end - self.first
+        starts_T, ends_T = self.documents.starts_T, self.documents.ends_T
+        if self.opens_left:
+            starts_T = starts_T.masked_fill(starts_T == 0, -1)
+        if self.opens_right:
+            ends_T = ends_T.masked_fill(ends_T == num_tokens, num_tokens + 1)
+        return starts_T, ends_T
+
+    @cached_property
     def keys(self) -> tuple[torch.Tensor, torch.Tensor]:
         """For each piece that lies here the tokens of its whole document, counted from the start of the micro batch,
         (pieces, tokens of the longest) int64, and which of them exist."""

@@ -103,6 +103,33 @@ def exchange_states(
     return _Exchange.apply(own_2HPN, decay_2H, readout_2GN, context)
 
 
+class StateExchange:
+    """The same for `hydra_kernels.hydra_mix_of_stretch`, which differentiates by itself."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def states(
+        self, own_2HPN: torch.Tensor, decay_2H: torch.Tensor, readout_2GN: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What enters here."""
+        entering, vectors = _chain(own_2HPN, decay_2H, readout_2GN[1], readout_2GN[0], self._context)
+        return entering, torch.stack(vectors)
+
+    def state_gradients(self, own_2HPN: torch.Tensor, decay_2H: torch.Tensor) -> torch.Tensor:
+        """Of the states that leave here: the chain the other way round."""
+        own, decay = own_2HPN.flip(0), decay_2H.flip(0)
+        if self._context.exchange == "gather":
+            nothing = own.new_empty(0)
+            return _chain_by_gather(own, decay, nothing, nothing, self._context)[0].flip(0)
+        return _chain_by_neighbours(own, decay, self._context).flip(0)
+
+    def readout_gradients(self, grad_2GN: torch.Tensor) -> torch.Tensor:
+        """Of the vectors that were given to the neighbours."""
+        from_left, from_right = swap(self._context, grad_2GN[0], grad_2GN[1])
+        return torch.stack((from_right, from_left))
+
+
 def _chain(
     own: torch.Tensor, decay: torch.Tensor, to_left: torch.Tensor, to_right: torch.Tensor, context: Context
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:

@@ -1,10 +1,11 @@
 """The operations of the Hydra mixer, and the mixer itself. Needs torch only; usable without the rest of the project."""
 
-from .backends import BACKENDS
+from .backends import BACKENDS, resolve_backend
 from .border import state_after
 from .conv import depthwise_conv_silu
 from .documents import Documents
-from .mixer import HydraMixer, ScanOperands, hydra_mix, scan_operands
+from .exchange import Exchange
+from .mixer import HydraMixer, ScanOperands, hydra_mix, hydra_mix_of_stretch, scan_operands
 from .norm import gated_rms_norm, sum_of_squares
 from .residual import add_norm
 from .scan import quasiseparable_scan
@@ -12,13 +13,16 @@ from .scan import quasiseparable_scan
 __all__ = [
     "BACKENDS",
     "Documents",
+    "Exchange",
     "HydraMixer",
     "ScanOperands",
     "add_norm",
     "depthwise_conv_silu",
     "gated_rms_norm",
     "hydra_mix",
+    "hydra_mix_of_stretch",
     "quasiseparable_scan",
+    "resolve_backend",
     "scan_operands",
     "state_after",
     "sum_of_squares",

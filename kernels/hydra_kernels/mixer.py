@@ -16,13 +16,14 @@ from torch.utils.checkpoint import checkpoint
 from .backends import resolve_backend
 from .conv import depthwise_conv_silu
 from .documents import Documents, pad, unpad
+from .exchange import Exchange
 from .norm import gated_rms_norm
 from .precision import without_autocast, working_dtype
 from .scan import quasiseparable_scan
 from .triton_language import available
 
 if available:
-    from .triton_autograd import MixShape, triton_mix
+    from .triton_autograd import MixShape, Outside, triton_mix
 
 _NORM_EPS = 1e-5
 
@@ -90,6 +91,45 @@ def hydra_mix(
     )
     assert isinstance(y_BLHP, torch.Tensor)  # no final states were asked for
     return gated_rms_norm(y_BLHP.flatten(2), scan.z_BLI, norm_weight, eps=norm_eps, backend=backend)
+
+
+def hydra_mix_of_stretch(
+    projected_1RE: torch.Tensor,
+    *,
+    halo: int,
+    documents_with_halo: Documents,
+    starts_T: torch.Tensor,
+    ends_T: torch.Tensor,
+    exchange: Exchange,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    fc_D_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    headdim: int,
+    d_state: int,
+    ngroups: int,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    norm_eps: float = _NORM_EPS,
+    chunk_size: int = 256,
+) -> torch.Tensor:
+    """`hydra_mix` of T tokens whose documents go on elsewhere, on the Triton kernels: (1, T + 2 halo, E) to (1, T, I).
+
+    projected: the rows of the stretch, with `halo` rows of either neighbour, whose results are not computed.
+    documents_with_halo: for the convolution, of all rows. starts, ends: int32 (T,), of each token's document, counted
+    from the stretch's first token; -1 and T + 1 where it goes on outside. exchange: how states and vectors travel;
+    forward calls `states` once, backward the other two once each. Gradients reach the neighbours' rows too.
+    Raises ValueError where the Triton kernels cannot run.
+    """
+    resolve_backend("triton", projected_1RE)
+    nheads, d_inner = fc_D_weight.shape
+    shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, chunk_size)
+    weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, None)
+    with without_autocast(projected_1RE):
+        outside = Outside(halo, starts_T, ends_T, exchange)
+        return triton_mix(projected_1RE, shape, *weights, documents_with_halo, outside)
 
 
 class ScanOperands(NamedTuple):

@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .documents import Documents
+from .exchange import Entered, Exchange
 from .triton_conv import conv_backward, conv_forward
 from .triton_norm import norm_backward, norm_forward
 from .triton_scan import ScanInputs, scan_backward, scan_forward
@@ -19,7 +20,7 @@ class _Scan(torch.autograd.Function):
     def forward(ctx: Any, chunk_size: int, *tensors: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         ctx.chunk_size = chunk_size
         ctx.save_for_backward(*tensors)
-        y_THP, final = scan_forward(_scan_inputs(chunk_size, *tensors))
+        y_THP, final, _ = scan_forward(_scan_inputs(chunk_size, *tensors))
         return y_THP, final
 
     @staticmethod
@@ -148,71 +149,109 @@ class MixShape(NamedTuple):
         return [self.d_inner, self.d_inner + 4 * self.ngroups * self.d_state, 2 * self.nheads]
 
 
+class Outside(NamedTuple):
+    """The tokens are a stretch, with so many rows of its neighbours on either side, and documents may go on there."""
+
+    halo: int
+    starts_T: torch.Tensor
+    """int32 (T,), counted from the stretch's first token: first token of each token's document; -1 if it began
+    before."""
+    ends_T: torch.Tensor
+    """One behind its last; T + 1 if it goes on."""
+    exchange: Exchange
+
+    def own(self, rows: torch.Tensor) -> torch.Tensor:
+        """Without the neighbours' rows."""
+        return rows[self.halo : len(rows) - self.halo]
+
+    def clear(self, rows: torch.Tensor) -> None:
+        """Zeros in the neighbours' rows."""
+        rows[: self.halo] = 0
+        rows[len(rows) - self.halo :] = 0
+
+
 class _Mix(torch.autograd.Function):
     """Convolution, diagonal, steps, scan and gated norm. Keeps its input and the scan's output; the rest is computed
     again in the backward pass, which writes straight into the gradient of the projection."""
 
     @staticmethod
-    def forward(ctx: Any, shape: MixShape, projected_TE: torch.Tensor, *tensors: torch.Tensor | None) -> torch.Tensor:
-        _, inputs = _mix_inputs(shape, projected_TE, *tensors)
-        y_TI = scan_forward(inputs)[0].flatten(1)
-        norm_weight = tensors[6]
+    def forward(
+        ctx: Any, shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
+    ) -> torch.Tensor:
+        _, inputs = _mix_inputs(shape, outside, projected_TE, *tensors)
+        y_THP, _, entered = scan_forward(inputs, None if outside is None else outside.exchange)
+        y_TI, norm_weight = y_THP.flatten(1), tensors[6]
         assert norm_weight is not None
-        out_TI, inverse_T = norm_forward(y_TI, projected_TE[:, : shape.d_inner], norm_weight, shape.norm_eps)
-        ctx.shape = shape
-        ctx.save_for_backward(projected_TE, y_TI, inverse_T, *tensors)
+        z_TI = projected_TE[:, : shape.d_inner]
+        z_TI = z_TI if outside is None else outside.own(z_TI)
+        out_TI, inverse_T = norm_forward(y_TI, z_TI, norm_weight, shape.norm_eps)
+        ctx.shape, ctx.outside = shape, outside
+        ctx.save_for_backward(projected_TE, y_TI, inverse_T, *tensors, *(entered or (None, None)))
         return out_TI
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         shape: MixShape = ctx.shape
-        projected_TE, y_TI, inverse_T, *tensors = ctx.saved_tensors
-        conv_weight, conv_bias, _, _, _, fc_D_weight, norm_weight, _ = tensors[:8]
+        outside: Outside | None = ctx.outside
+        projected_TE, y_TI, inverse_T, *tensors, states_2HPN, readout_2GN = ctx.saved_tensors
+        conv_weight, conv_bias, _, _, _, fc_D_weight, norm_weight, _, _, starts, ends = tensors
         d_inner, nheads = shape.d_inner, shape.nheads
-        conv_TC, inputs = _mix_inputs(shape, projected_TE, *tensors)
-        grad_TE = torch.empty_like(projected_TE)
-        z_TI, conv_in_TC, _ = projected_TE.split(shape.widths, dim=1)
-        grad_z_TI, grad_conv_in_TC, grad_dt_TH = grad_TE.split(shape.widths, dim=1)
+        conv_TC, inputs = _mix_inputs(shape, outside, projected_TE, *tensors)
+        grad_TE, grad_conv_TC = torch.empty_like(projected_TE), torch.empty_like(conv_TC)
+        own_TE, own_grad_TE, own_conv_TC, own_grad_conv_TC = projected_TE, grad_TE, conv_TC, grad_conv_TC
+        if outside is not None:
+            outside.clear(grad_TE)
+            outside.clear(grad_conv_TC)
+            own_TE, own_grad_TE = outside.own(projected_TE), outside.own(grad_TE)
+            own_conv_TC, own_grad_conv_TC = outside.own(conv_TC), outside.own(grad_conv_TC)
+        grad_z_TI, _, grad_dt_TH = own_grad_TE.split(shape.widths, dim=1)
         grad_y_TI = torch.empty_like(y_TI)
         if grad_out_TI.stride(-1) != 1:
             grad_out_TI = grad_out_TI.contiguous()
+        z_TI = own_TE[:, :d_inner]
         grad_norm = norm_backward(y_TI, z_TI, norm_weight, inverse_T, grad_out_TI, grad_y_TI, grad_z_TI)
-        grad_conv_TC = torch.empty_like(conv_TC)
-        grad_x_TI = grad_conv_TC[:, :d_inner]
+        grad_x_TI = own_grad_conv_TC[:, :d_inner]
         grads = scan_backward(
             inputs,
             grad_y_TI.unflatten(1, (nheads, -1)),
             None,
             grad_x_TI.unflatten(1, (nheads, -1)),
             grad_dt_TH.unflatten(1, (2, nheads)).transpose(0, 1),
-            grad_conv_TC[:, d_inner:],
+            own_grad_conv_TC[:, d_inner:],
+            None if outside is None else outside.exchange,
+            None if states_2HPN is None else Entered(states_2HPN, readout_2GN),
         )
         assert grads.diagonal_TH is not None
         grad_diagonal_TH = grads.diagonal_TH.to(projected_TE.dtype)
         grad_x_TI.addmm_(grad_diagonal_TH, fc_D_weight.to(projected_TE.dtype))
-        grad_fc_D = grad_diagonal_TH.T @ conv_TC[:, :d_inner]
-        borders = (inputs.starts_T, inputs.ends_T)
+        grad_fc_D = grad_diagonal_TH.T @ own_conv_TC[:, :d_inner]
+        convolved = slice(d_inner, d_inner + shape.widths[1])
         grad_weight, grad_bias = conv_backward(
-            conv_in_TC, conv_weight, conv_bias, *borders, grad_conv_TC, grad_conv_in_TC
+            projected_TE[:, convolved], conv_weight, conv_bias, starts, ends, grad_conv_TC, grad_TE[:, convolved]
         )
         grad_init = None if grads.initial_2SHPN is None else grads.initial_2SHPN.sum((0, 1))
         grad_D = grads.diagonal_TH.sum(0)
         found = (grad_weight, grad_bias, grads.bias_H, grads.A_H, grad_D, grad_fc_D, grad_norm, grad_init)
-        return None, grad_TE, *_in_dtype_of(tensors[:8], found), None, None, None
+        return None, None, grad_TE, *_in_dtype_of(tensors[:8], found), None, None, None
 
 
 def _mix_inputs(
-    shape: MixShape, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
+    shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
 ) -> tuple[torch.Tensor, ScanInputs]:
+    """All that the convolution gives, and of it what the scan reads."""
     conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, _, init_states, borders, starts, ends = tensors
     assert conv_weight is not None and A_log is not None and fc_D_weight is not None
     assert starts is not None and ends is not None and borders is not None
     nheads = shape.nheads
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
     conv_TC = conv_forward(conv_in_TC, conv_weight, conv_bias, starts, ends)
-    x_TI = conv_TC[:, : shape.d_inner]
-    readers = conv_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
+    own_TC = conv_TC
+    if outside is not None:
+        own_TC, dt_TH = outside.own(conv_TC), outside.own(dt_TH)
+        starts, ends = outside.starts_T, outside.ends_T
+    x_TI = own_TC[:, : shape.d_inner]
+    readers = own_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
     initial = None
     if init_states is not None:
         num_documents = borders.numel() - 1
@@ -248,9 +287,10 @@ def triton_mix(
     norm_weight: torch.Tensor,
     init_states: torch.Tensor | None,
     documents: Documents,
+    outside: Outside | None = None,
 ) -> torch.Tensor:
     """As `hydra_mix`."""
     weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
     contiguous = (None if weight is None else weight.contiguous() for weight in weights)
-    out_TI = _Mix.apply(shape, _rows(projected_BLE, 0), *contiguous, *documents[:3])
-    return out_TI.view(*projected_BLE.shape[:2], -1)
+    out_TI = _Mix.apply(shape, outside, _rows(projected_BLE, 0), *contiguous, *documents[:3])
+    return out_TI.view(projected_BLE.shape[0], -1, shape.d_inner)

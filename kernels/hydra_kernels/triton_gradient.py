@@ -1,7 +1,7 @@
 """The gradients of B, C and the decays: what lies within a chunk, and what crosses its borders."""
 
 from .triton_language import tl, triton
-from .triton_output import load_readers, load_tile
+from .triton_output import load_readers, load_tile, neighbours
 from .triton_states import load_state
 from .triton_steps import chunk_bounds
 
@@ -36,21 +36,18 @@ def within_kernel(
     live = token < end
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
-    left_known = live & (token > start)
-    right_known = live & (token + 1 < stop)
+    left_known, right_known, left_given, right_given = neighbours(token, start, stop, live, num_tokens, ALIGNED)
     outside = group.to(tl.int64) * N
-    if HAS_READOUT:
+    if HAS_READOUT and ALIGNED:
         outside += tl.load(chunk_document + chunk).to(tl.int64) * num_groups * N
     outside_right = outside + num_documents * num_groups * N
     B += group * stride_B_group
     C += group * stride_C_group
     Bf = load_tile(B, token, stride_B_token, live, n, N)
     Bb = load_tile(B + stride_B_direction, token, stride_B_token, live, n, N)
-    Cf = load_readers(
-        C, readout, outside, token - 1, left_known, live & ~left_known, stride_C_token, n, N, HAS_READOUT
-    )  # fmt: skip
+    Cf = load_readers(C, readout, outside, token - 1, left_known, left_given, stride_C_token, n, N, HAS_READOUT)
     Cb = load_readers(
-        C + stride_C_direction, readout, outside_right, token + 1, right_known, live & ~right_known, stride_C_token,
+        C + stride_C_direction, readout, outside_right, token + 1, right_known, right_given, stride_C_token,
         n, N, HAS_READOUT,
     )  # fmt: skip
     row, column = token[:, None], token[None, :]
@@ -130,7 +127,9 @@ def across_kernel(
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
     source = token + tl.where(ascending, -1, 1)
-    known = live & (source >= start) & (source < stop)
+    in_document = live & (source >= start) & (source < stop)
+    known = in_document & (source >= 0) & (source < num_tokens)
+    given = ~known & (live if ALIGNED else in_document)
     last = tl.where(ascending, end - 1, first)
     last_start, last_stop = tl.load(doc_start + last), tl.load(doc_end + last)
     reads = live & (tl.where(ascending, start < first, stop > end) | ALIGNED)
@@ -140,10 +139,12 @@ def across_kernel(
     C += direction * stride_C_direction + group * stride_C_group
     outside = group.to(tl.int64) * N
     if HAS_READOUT:
-        document = direction * num_documents + tl.load(chunk_document + chunk)
+        document = direction * num_documents
+        if ALIGNED:
+            document += tl.load(chunk_document + chunk)
         outside += document.to(tl.int64) * num_groups * N
     B_QN = load_tile(B, token, stride_B_token, live, n, N)
-    C_QN = load_readers(C, readout, outside, source, known, live & ~known, stride_C_token, n, N, HAS_READOUT)
+    C_QN = load_readers(C, readout, outside, source, known, given, stride_C_token, n, N, HAS_READOUT)
     tile = p[:, None] * N + n[None, :]
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
     grad_B = tl.zeros((Q, NP), tl.float32)
@@ -197,7 +198,7 @@ def vectors_kernel(
     kind = column // WIDTH
     source = token[:, None] + tl.where(kind == 1, 1, tl.where(kind == 3, -1, 0))[None, :]
     inside = live[:, None] & (column < 4 * WIDTH)[None, :]
-    known = inside & (source >= start[:, None]) & (source < stop[:, None])
+    known = inside & (source >= start[:, None]) & (source < stop[:, None]) & (source >= 0) & (source < num_tokens)
     total = tl.zeros((Q, COLUMNS), tl.float32)
     for part in range(PARTS):
         row = source.to(tl.int64) + part * num_tokens

@@ -27,6 +27,20 @@ def load_readers(
 
 
 @triton.jit
+def neighbours(token, start, stop, live, num_tokens, ALIGNED: tl.constexpr):
+    """Which tokens have a left and a right neighbour here, and which read with a vector that is given instead.
+
+    ALIGNED: the first and last of every document. Else those whose document goes on before the first token (start < 0)
+    or behind the last (stop > num_tokens).
+    """
+    left, right = live & (token > start), live & (token + 1 < stop)
+    left_known, right_known = left & (token > 0), right & (token + 1 < num_tokens)
+    if ALIGNED:
+        left, right = live, live
+    return left_known, right_known, left & ~left_known, right & ~right_known
+
+
+@triton.jit
 def apply_kernel(
     values, x, dt, cumulative, B, C, diagonal, D, readout, doc_start, doc_end, chunk_start, chunk_document,
     local, prefix, entering, out, grad_diagonal,
@@ -56,22 +70,19 @@ def apply_kernel(
     live = token < end
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
-    left_known = live & (token > start)
-    right_known = live & (token + 1 < stop)
+    left_known, right_known, left_given, right_given = neighbours(token, start, stop, live, num_tokens, ALIGNED)
     num_groups = num_heads // heads_per_group
     outside = group.to(tl.int64) * N
-    if HAS_READOUT:
+    if HAS_READOUT and ALIGNED:
         outside += tl.load(chunk_document + chunk).to(tl.int64) * num_groups * N
     outside_right = outside + num_documents * num_groups * N
     B += group * stride_B_group
     C += group * stride_C_group
     Bf = load_tile(B, token, stride_B_token, live, n, N)
     Bb = load_tile(B + stride_B_direction, token, stride_B_token, live, n, N)
-    Cf = load_readers(
-        C, readout, outside, token - 1, left_known, live & ~left_known, stride_C_token, n, N, HAS_READOUT
-    )  # fmt: skip
+    Cf = load_readers(C, readout, outside, token - 1, left_known, left_given, stride_C_token, n, N, HAS_READOUT)
     Cb = load_readers(
-        C + stride_C_direction, readout, outside_right, token + 1, right_known, live & ~right_known, stride_C_token,
+        C + stride_C_direction, readout, outside_right, token + 1, right_known, right_given, stride_C_token,
         n, N, HAS_READOUT,
     )  # fmt: skip
     below = token[:, None] > token[None, :]

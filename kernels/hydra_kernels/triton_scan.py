@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .exchange import Entered, Exchange
 from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
 from .triton_output import apply_kernel
@@ -89,13 +90,24 @@ class _Chunks(NamedTuple):
     """Last chunk of each document."""
 
 
+class _Swept(NamedTuple):
+    """Of each segment by itself."""
+
+    local: torch.Tensor
+    prefix: torch.Tensor
+    total: torch.Tensor
+    total_decay: torch.Tensor
+    edges_out: torch.Tensor | None
+    edge_decay: torch.Tensor | None
+    of_gradient: bool
+    """These are gradients of states, swept the other way."""
+
+
 class _States(NamedTuple):
     local: torch.Tensor
     prefix: torch.Tensor
     entering: torch.Tensor
-    edges_2SHPN: torch.Tensor | None
     of_gradient: bool
-    """These are gradients of states, swept the other way."""
 
 
 def _chunks(inputs: ScanInputs, largest: int) -> _Chunks:
@@ -136,7 +148,7 @@ def _steps(inputs: ScanInputs, chunks: _Chunks) -> tuple[torch.Tensor, torch.Ten
     return dt, cumulative
 
 
-def _states(
+def _sweep(
     inputs: ScanInputs,
     chunks: _Chunks,
     dt: torch.Tensor,
@@ -144,7 +156,7 @@ def _states(
     values_THP: torch.Tensor,
     edges_in: torch.Tensor | None,
     gradient: bool,
-) -> _States:
+) -> _Swept:
     num_tokens, num_heads, headdim = inputs.x_THP.shape
     vectors = inputs.C_2TGN if gradient else inputs.B_2TGN
     num_groups, d_state = vectors.shape[2:]
@@ -155,7 +167,6 @@ def _states(
     prefix = empty(2, chunks.num, num_heads, dtype=torch.float32)
     total = empty(2, chunks.num_segments, *state, dtype=torch.float32)
     total_decay = empty(2, chunks.num_segments, num_heads, dtype=torch.float32)
-    entering = empty(2, chunks.num_segments, *state)
     edges_out = edge_decay = None
     if aligned:
         edges_out = empty(2, chunks.num_documents, *state, dtype=torch.float32)
@@ -170,18 +181,31 @@ def _states(
         HAS_READOUT=inputs.readout_2SGN is not None, PRECISION=dot_precision(values_THP.dtype),
         **_launch(settings(headdim, d_state, values_THP.dtype).sweep),
     )  # fmt: skip
+    return _Swept(local, prefix, total, total_decay, edges_out, edge_decay, gradient)
+
+
+def _pass(swept: _Swept, initial_2HPN: torch.Tensor | None) -> tuple[_States, torch.Tensor, torch.Tensor]:
+    """States for every chunk, the one behind the last segment (2, H, P, N), and the decay of all (2, H)."""
+    num_segments, num_heads, headdim, d_state = swept.total.shape[1:]
+    entering = swept.local.new_empty(swept.total.shape)
+    leaving = torch.empty_like(swept.total[:, 0])
+    decay = torch.empty_like(swept.total_decay[:, 0])
     block = min(1024, triton.next_power_of_2(headdim * d_state))
     pass_kernel[(num_heads, 2, triton.cdiv(headdim * d_state, block))](
-        total, total_decay, entering, chunks.num_segments, num_heads,
-        ELEMENTS=headdim * d_state, BLOCK=block, GRADIENT=gradient,
+        swept.total, swept.total_decay, initial_2HPN, entering, leaving, decay, num_segments, num_heads,
+        ELEMENTS=headdim * d_state, BLOCK=block, GRADIENT=swept.of_gradient, HAS_INITIAL=initial_2HPN is not None,
     )  # fmt: skip
-    if edges_out is not None and edge_decay is not None and chunks.last_S is not None:
-        # What entered the segment in which a document's last chunk lies still has to reach the document's end.
-        first_S = _first_chunks(chunks.last_S)
-        outer = (first_S, chunks.last_S) if gradient else (chunks.last_S, first_S)
-        came = torch.stack([entering[d].float()[chunk // chunks.per_segment] for d, chunk in enumerate(outer)])
-        edges_out = edges_out + edge_decay[..., None, None] * came
-    return _States(local, prefix, entering, edges_out, gradient)
+    return _States(swept.local, swept.prefix, entering, swept.of_gradient), leaving, decay
+
+
+def _edges(swept: _Swept, states: _States, chunks: _Chunks) -> torch.Tensor | None:
+    """The states that leave the documents (2, S, H, P, N): also what entered the segment of their last chunk."""
+    if swept.edges_out is None or swept.edge_decay is None or chunks.last_S is None:
+        return None
+    first_S = _first_chunks(chunks.last_S)
+    outer = (first_S, chunks.last_S) if swept.of_gradient else (chunks.last_S, first_S)
+    came = [states.entering[d].float()[chunk // chunks.per_segment] for d, chunk in enumerate(outer)]
+    return swept.edges_out + swept.edge_decay[..., None, None] * torch.stack(came)
 
 
 def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
@@ -222,16 +246,25 @@ def _apply(
     )  # fmt: skip
 
 
-def scan_forward(inputs: ScanInputs) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """y (T, H, P), and with borders the final states (2, S, H, P, N) fp32."""
+def scan_forward(
+    inputs: ScanInputs, exchange: Exchange | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None, Entered | None]:
+    """y (T, H, P); with borders the final states (2, S, H, P, N) fp32; with an exchange what it brought."""
     x_THP = inputs.x_THP
     chosen = settings(x_THP.shape[-1], inputs.B_2TGN.shape[-1], x_THP.dtype)
     chunks = _chunks(inputs, chosen.forward_chunk)
     dt, cumulative = _steps(inputs, chunks)
-    states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    swept = _sweep(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    states, own, decay = _pass(swept, None)
+    entered = None
+    if exchange is not None:
+        readout = torch.stack((inputs.C_2TGN[0, -1], inputs.C_2TGN[1, 0])).float()
+        entered = Entered(*exchange.states(own, decay, readout))
+        states, *_ = _pass(swept, entered.states_2HPN)
+        inputs = inputs._replace(readout_2SGN=entered.readout_2GN[:, None].contiguous())
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     _apply(inputs, chunks, dt, cumulative, x_THP, states, y_THP, None, chosen.output)
-    return y_THP, states.edges_2SHPN
+    return y_THP, _edges(swept, states, chunks), entered
 
 
 class ScanGradients(NamedTuple):
@@ -251,6 +284,8 @@ def scan_backward(
     grad_x_THP: torch.Tensor,
     grad_steps_2TH: torch.Tensor,
     grad_vectors_TV: torch.Tensor,
+    exchange: Exchange | None = None,
+    entered: Entered | None = None,
 ) -> ScanGradients:
     """Writes the gradients of x, of the steps, and of [B forward, C forward, B backward, C backward] (T, 4 G N)."""
     x_THP = inputs.x_THP
@@ -259,8 +294,15 @@ def scan_backward(
     chosen = settings(headdim, d_state, x_THP.dtype)
     chunks = _chunks(inputs, chosen.backward_chunk)
     dt, cumulative = _steps(inputs, chunks)
-    states = _states(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
-    grads = _states(inputs, chunks, dt, cumulative, grad_y_THP, grad_final_2SHPN, gradient=True)
+    if entered is not None:
+        inputs = inputs._replace(readout_2SGN=entered.readout_2GN[:, None].contiguous())
+    swept = _sweep(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    states, *_ = _pass(swept, None if entered is None else entered.states_2HPN)
+    swept_back = _sweep(inputs, chunks, dt, cumulative, grad_y_THP, grad_final_2SHPN, gradient=True)
+    grads, own, decay = _pass(swept_back, None)
+    edges_2SHPN = _edges(swept_back, grads, chunks)
+    if exchange is not None:
+        grads, *_ = _pass(swept_back, exchange.state_gradients(own, decay))
     heads = _heads_per_program(chunks, num_heads, num_groups)
     num_parts = num_heads // num_groups // heads
     width = num_groups * d_state
@@ -308,9 +350,16 @@ def scan_backward(
     )  # fmt: skip
     grad_readout = None
     if inputs.readout_2SGN is not None:
-        assert inputs.borders is not None
-        edges = torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))
-        reading = parts.sum((0, 1)).view(num_tokens, 2, 2, num_groups, d_state)[:, :, 1]
-        grad_readout = torch.stack([reading[edges[direction], direction] for direction in range(2)])
+        edges = torch.tensor([[0], [num_tokens - 1]], device=x_THP.device)
+        if inputs.borders is not None:
+            edges = torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))
+        reading = parts[:, :, edges].sum((0, 1)).unflatten(-1, (2, 2, num_groups, d_state))
+        grad_readout = torch.stack([reading[direction, :, direction, 1] for direction in range(2)])
+    if exchange is not None and grad_readout is not None:
+        is_open = torch.stack((inputs.starts_T[0] < 0, inputs.ends_T[-1] > num_tokens))
+        given_2GN = exchange.readout_gradients(grad_readout[:, 0] * is_open[:, None, None])
+        columns = grad_vectors_TV.unflatten(1, (2, 2, num_groups, d_state))
+        columns[-1, 0, 1] += given_2GN[0].to(columns.dtype)
+        columns[0, 1, 1] += given_2GN[1].to(columns.dtype)
     bias = None if grad_bias is None else grad_bias.sum(0)
-    return ScanGradients(grad_A.sum(0), bias, grad_diagonal, grads.edges_2SHPN, grad_readout)
+    return ScanGradients(grad_A.sum(0), bias, grad_diagonal, edges_2SHPN, grad_readout)

@@ -80,7 +80,8 @@ def sweep_kernel(
             start = tl.load(doc_start + token, mask=live, other=0)
             stop = tl.load(doc_end + token, mask=live, other=0)
             source = token + tl.where(direction == 0, -1, 1)
-            known = live & (source >= start) & (source < stop)
+            in_document = live & (source >= start) & (source < stop)
+            known = in_document & (source >= 0) & (source < num_tokens)
             log_weight = tl.load(cumulative + source, mask=known & (source >= first) & (source < end), other=0.0)
             reads = live & (tl.where(direction == 0, start < first, stop > end) | ALIGNED)
             weight = tl.where(reads, tl.exp2(log_weight), 0.0)
@@ -100,10 +101,14 @@ def sweep_kernel(
         )  # fmt: skip
         if HAS_READOUT and GRADIENT:
             num_groups = num_heads // heads_per_group
-            outside = ((direction * num_documents + document).to(tl.int64) * num_groups + group) * N
-            vector += tl.load(
-                readout + outside + n[None, :], mask=(live & ~known)[:, None] & (n < N)[None, :], other=0.0
-            ).to(vector.dtype)
+            of_document = direction * num_documents
+            if ALIGNED:
+                of_document += document
+            outside = (of_document.to(tl.int64) * num_groups + group) * N
+            given = ~known & (live if ALIGNED else in_document)
+            vector += tl.load(readout + outside + n[None, :], mask=given[:, None] & (n < N)[None, :], other=0.0).to(
+                vector.dtype
+            )
         weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
         state = tl.dot(tl.trans(weighted), vector, state * factor, input_precision=PRECISION)
         decay *= factor
@@ -118,22 +123,34 @@ def sweep_kernel(
 
 @triton.jit
 def pass_kernel(
-    total, total_decay, entering, num_segments, num_heads,
-    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+    total, total_decay, initial, entering, leaving, decay, num_segments, num_heads,
+    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
-    """Entering state of every segment from the segments' own. Grid (H, 2, ELEMENTS / BLOCK); ELEMENTS = P N."""
+    """Entering state of every segment from the segments' own, the state behind the last, and the decay of it all.
+
+    Grid (H, 2, ELEMENTS / BLOCK); ELEMENTS = P N. initial, leaving (2, H, P, N) and decay (2, H) fp32.
+    """
     head, direction = tl.program_id(0), tl.program_id(1)
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     ascending = (direction == 0) != GRADIENT
+    inside = element < ELEMENTS
+    edge = (direction * num_heads + head).to(tl.int64)
     state = tl.zeros((BLOCK,), tl.float32)
+    if HAS_INITIAL:
+        state += tl.load(initial + edge * ELEMENTS + element, mask=inside, other=0.0)
+    factor = 1.0
     step = 0
     while step < num_segments:  # the interpreter cannot count to a number known at run time
         segment = tl.where(ascending, step, num_segments - 1 - step)
         place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
-        own = tl.load(total + place * ELEMENTS + element, mask=element < ELEMENTS, other=0.0)
-        tl.store(entering + place * ELEMENTS + element, state.to(entering.dtype.element_ty), mask=element < ELEMENTS)
-        state = state * tl.load(total_decay + place) + own
+        own = tl.load(total + place * ELEMENTS + element, mask=inside, other=0.0)
+        tl.store(entering + place * ELEMENTS + element, state.to(entering.dtype.element_ty), mask=inside)
+        own_decay = tl.load(total_decay + place)
+        state = state * own_decay + own
+        factor = factor * own_decay
         step += 1
+    tl.store(leaving + edge * ELEMENTS + element, state, mask=inside)
+    tl.store(decay + edge, factor)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
+from hydra_kernels import triton_scan
 from hydra_scale.config import MixerConfig, ModelConfig, ParallelConfig
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.stretch import Stretch
@@ -25,12 +26,12 @@ DOCUMENTS = {
 
 
 def mixer_and_input(
-    num_tokens: int, ngroups: int = GROUPS, tensor: TensorRanks = ALONE, backend: str = "auto"
+    num_tokens: int, ngroups: int = GROUPS, tensor: TensorRanks = ALONE, backend: str = "auto", learnt: bool = True
 ) -> tuple[HydraLayerMixer, torch.Tensor, torch.Tensor]:
-    """A mixer with learnt initial states, its input and its output's gradient: float64, float32 for the kernels."""
+    """A mixer, its input and its output's gradient: float64, float32 for the kernels. learnt: initial states."""
     options = {"d_state": D_STATE, "d_conv": TAPS, "headdim": HEADDIM, "ngroups": ngroups, "bias": True}
-    options["backend"] = backend
-    mixer_config = MixerConfig.model_validate(options | {"learnable_init_states": True})
+    options |= {"backend": backend, "chunk_size": 16}
+    mixer_config = MixerConfig.model_validate(options | {"learnable_init_states": learnt})
     mixer = HydraLayerMixer(ModelConfig(d_model=D_MODEL, num_layers=1, mixer=mixer_config), tensor)
     with torch.no_grad():
         for name, parameter in mixer.named_parameters():
@@ -44,10 +45,15 @@ def mixer_and_input(
 
 
 def computed(
-    lengths: list[int], ngroups: int, context: Context | None, tensor: TensorRanks, backend: str = "auto"
+    lengths: list[int],
+    ngroups: int,
+    context: Context | None,
+    tensor: TensorRanks,
+    backend: str = "auto",
+    learnt: bool = True,
 ) -> dict[str, torch.Tensor]:
     """Output rows and gradients; those of the parameters summed over the context ranks, at their global place."""
-    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor, backend)
+    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor, backend, learnt)
     first, end = (0, len(x)) if context is None else context.stretch(len(x))
     borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
     x_here = x[first:end].clone().requires_grad_()
@@ -106,6 +112,33 @@ def kernels_on_a_rank(exchange: str) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("exchange", ["gather", "heads"])
 def test_on_the_kernels(alone: dict[str, dict[str, np.ndarray]], exchange: str) -> None:
     assert_same(run_ranks(4, kernels_on_a_rank, exchange), alone["across-some, 2 groups"], 2, 1e-5, exchange)
+
+
+def fused_on_a_rank(exchange: str, backend: str, cases: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    """Context ranks only, and no learnt states: states are exchanged in the middle of the kernels."""
+    triton_scan._SEGMENT_TOKENS = 16  # in this forked process: two chunks of a rank are two segments
+    with joined(ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)) as topology:
+        found = {
+            name: computed(DOCUMENTS[name], 2, topology.context, topology.tensor, backend, learnt=False)
+            for name in cases
+        }
+    return {case: {name: tensor.numpy() for name, tensor in tensors.items()} for case, tensors in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "exchange", "cases"),
+    [
+        (2, "gather", ["across-some", "many-short"]),
+        (3, "neighbour", ["across-all"]),
+        (2, "neighbour", ["ends-at-borders"]),
+    ],
+    ids=str,
+)
+def test_exchange_inside_the_kernels(num_ranks: int, exchange: str, cases: list[str]) -> None:
+    (expected,) = run_ranks(1, fused_on_a_rank, "gather", "torch", cases)
+    ranks = run_ranks(num_ranks, fused_on_a_rank, exchange, "triton", cases)
+    for case, whole in expected.items():
+        assert_same([rank[case] for rank in ranks], whole, 1, 1e-5, case)
 
 
 def assert_same(

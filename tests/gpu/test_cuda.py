@@ -64,7 +64,8 @@ def test_gpu_and_cpu_agree(corpus: Path, one_gpu: Path, tmp_path: Path) -> None:
     [
         "zero.stage=1", "zero.stage=2", "zero.stage=3", "zero.offload=true",
         "parallel.tensor=2", "parallel.tensor=2 parallel.sequence=true", "parallel.tensor=2 zero.stage=3",
-        "parallel.context=2", "parallel.context=2 parallel.exchange=neighbour", "parallel.context=2 parallel.exchange=heads",
+        "parallel.context=2", "parallel.context=2 parallel.exchange=neighbour",
+        "parallel.context=2 parallel.exchange=heads",
         "parallel.context=2 zero.stage=3 training.recompute.kind=full training.recompute.together=2",
     ],
 )  # fmt: skip
