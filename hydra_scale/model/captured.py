@@ -5,6 +5,7 @@ vectors, document borders, the gradient that comes back), and results are read f
 that would run otherwise, and the numbers are the same bit for bit.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
-from hydra_kernels import Documents
 from hydra_scale.config import Config
-from hydra_scale.model.stretch import Stretch
+from hydra_scale.model.stretch import Stretch, StretchTensors
 
 _WARM_UP_RUNS = 2
 
@@ -29,7 +29,8 @@ def why_not_captured(config: Config, device: torch.device) -> str | None:
         "attention layers look at the documents' lengths": "A" in config.model.layer_kinds,
         "learnable initial states make tensors as long as there are documents": mixer.learnable_init_states,
         f"mixer.backend {mixer.backend} waits for the device": mixer.backend not in ("auto", "triton"),
-        "ranks that share a micro batch speak to each other inside the layers": parallel.tensor * parallel.context > 1,
+        "parallel.exchange heads cuts by the documents' lengths": parallel.context > 1 and parallel.exchange == "heads",
+        "context ranks beside tensor ranks look at where documents end": parallel.context > 1 and parallel.tensor > 1,
         "pipelines have several micro batches in flight": parallel.pipeline > 1,
         "ZeRO 3 moves the weights": config.zero.stage == 3,
     }
@@ -47,11 +48,11 @@ class CapturedLayers:
     def __call__(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """(T, D) -> (T, D). The result is overwritten by the next call: differentiate before it."""
         if self._passes is None:
-            self._passes = _record(self._layers, x_TD.detach(), stretch.documents)
-        if x_TD.shape != self._passes.x_TD.shape:
+            self._passes = _record(self._layers, x_TD.detach(), stretch)
+        if x_TD.shape != self._passes.x_TD.shape or stretch.num_tokens != self._passes.num_tokens:
             found = self._layers(x_TD, stretch)
         else:
-            found = _Replay.apply(self._passes, stretch.documents, x_TD, *self._layers.parameters())
+            found = _Replay.apply(self._passes, stretch.tensors(), x_TD, *self._layers.parameters())
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -61,7 +62,9 @@ class _Passes(NamedTuple):
 
     forward: torch.cuda.CUDAGraph
     backward: torch.cuda.CUDAGraph
-    documents: Documents
+    num_tokens: int
+    """Of the whole micro batch."""
+    stretch: StretchTensors
     x_TD: torch.Tensor
     y_TD: torch.Tensor
     grad_y_TD: torch.Tensor
@@ -69,10 +72,9 @@ class _Passes(NamedTuple):
     """Of the input, then of the parameters."""
 
 
-def _record(layers: nn.Module, x_TD: torch.Tensor, documents: Documents) -> _Passes:
-    fixed = Documents(documents.borders, documents.starts_T.clone(), documents.ends_T.clone(), documents.lengths)
-    num_tokens, device = len(x_TD), x_TD.device
-    stretch = Stretch((0, num_tokens), 0, num_tokens, device, fixed=fixed)
+def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch) -> _Passes:
+    fixed, device = stretch.tensors().copy(), x_TD.device
+    stretch = replace(stretch, fixed=fixed)
     x_TD = x_TD.clone().requires_grad_()
     # the same memory as leaves of their own: what hangs on the parameters' own gradients is not to be recorded
     parameters = {name: weight.detach().requires_grad_() for name, weight in layers.named_parameters()}
@@ -106,17 +108,17 @@ def _record(layers: nn.Module, x_TD: torch.Tensor, documents: Documents) -> _Pas
         grad_y_TD = torch.empty_like(y_TD)
         with torch.cuda.graph(backward, **capture):
             gradients = torch.autograd.grad(y_TD, leaves, grad_y_TD)
-    return _Passes(forward, backward, fixed, x_TD.detach(), y_TD.detach(), grad_y_TD, gradients)
+    return _Passes(forward, backward, stretch.num_tokens, fixed, x_TD.detach(), y_TD.detach(), grad_y_TD, gradients)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, passes: _Passes, documents: Documents, x_TD: torch.Tensor, *parameters: nn.Parameter
+        ctx: Any, passes: _Passes, stretch: StretchTensors, x_TD: torch.Tensor, *parameters: nn.Parameter
     ) -> torch.Tensor:
         passes.x_TD.copy_(x_TD)
-        passes.documents.starts_T.copy_(documents.starts_T)
-        passes.documents.ends_T.copy_(documents.ends_T)
+        for place, values in zip(passes.stretch.changing(), stretch.changing(), strict=True):
+            place.copy_(values)
         passes.forward.replay()
         ctx.passes = passes
         return passes.y_TD

@@ -3,11 +3,34 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 
 from hydra_kernels import Documents
 from hydra_scale.topology import Context
+
+
+class StretchTensors(NamedTuple):
+    """What a Hydra layer reads of a stretch on the device; the fields are described there."""
+
+    documents: Documents
+    documents_with_halo: Documents
+    outer_borders: tuple[torch.Tensor, torch.Tensor]
+
+    def changing(self) -> list[torch.Tensor]:
+        """Those whose values, but not shapes, depend on the documents."""
+        both = (self.documents, self.documents_with_halo)
+        return [tensor for documents in both for tensor in (documents.starts_T, documents.ends_T)] + [
+            *self.outer_borders
+        ]
+
+    def copy(self) -> "StretchTensors":
+        """At places of its own."""
+        first, second, third, fourth, *outer = (tensor.clone() for tensor in self.changing())
+        documents = self.documents._replace(starts_T=first, ends_T=second)
+        with_halo = self.documents_with_halo._replace(starts_T=third, ends_T=fourth)
+        return StretchTensors(documents, with_halo, (outer[0], outer[1]))
 
 
 @dataclass(frozen=True)
@@ -22,8 +45,12 @@ class Stretch:
     context: Context | None = None
     halo: int = 0
     """Tokens of the neighbours that the convolution reads on each side."""
-    fixed: Documents | None = None
-    """Documents whose place in memory must stay, for CUDA graphs; absent: they are made from the borders."""
+    fixed: "StretchTensors | None" = None
+    """Tensors whose place in memory must stay, for CUDA graphs; absent: they are made from the borders."""
+
+    def tensors(self) -> "StretchTensors":
+        """All that a Hydra layer reads of it on the device."""
+        return StretchTensors(self.documents, self.documents_with_halo, self.outer_borders)
 
     @property
     def num_tokens(self) -> int:
@@ -48,17 +75,21 @@ class Stretch:
     @cached_property
     def documents(self) -> Documents:
         """The pieces of documents that lie here, from token 0 on; made once for all layers."""
-        return self.fixed or self._documents(self.first, self.end)
+        return self.fixed.documents if self.fixed else self._documents(self.first, self.end)
 
     @cached_property
     def documents_with_halo(self) -> Documents:
         """The same with `halo` tokens more on both sides; what lies outside the micro batch is a piece of its own."""
+        if self.fixed:
+            return self.fixed.documents_with_halo
         return self._documents(self.first - self.halo, self.end + self.halo)
 
     @cached_property
     def outer_borders(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each token here the first token of its document and one behind its last, int32, counted from `first`;
         -1 and one more than there are tokens where it goes on outside."""
+        if self.fixed:
+            return self.fixed.outer_borders
         num_tokens = self.end - self.first
         starts_T, ends_T = self.documents.starts_T, self.documents.ends_T
         if self.opens_left:
