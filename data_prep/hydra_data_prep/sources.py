@@ -1,20 +1,20 @@
-"""Where documents come from: files of text, JSON lines, CSV or Parquet, and archives that hold such files.
+"""Where documents come from: files of text, JSON lines, CSV, Parquet or FASTA, and archives that hold such files.
 
 A source yields documents as strings, one at a time. Nothing is skipped in silence: what cannot be read is a DataError
 that names file and place.
 """
 
 import csv
-import gzip
 import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import BinaryIO, Literal, cast
+from typing import BinaryIO, Literal
 
+from hydra_data_prep.compression import decompressed, plain_name
+from hydra_data_prep.fasta import FastaOptions, read_fasta
 from hydra_scale.errors import DataError, EnvironmentFault
 
 DocumentUnit = Literal["file", "paragraph", "line"]
@@ -29,6 +29,7 @@ class SourceOptions:
     """Field of a JSON line, or column of a CSV or Parquet file, that holds the text."""
     document_unit: DocumentUnit = "file"
     """What is one document of a text file: all of it, a paragraph (ends at an empty line), or a line."""
+    fasta: FastaOptions = field(default_factory=FastaOptions)
 
 
 Reader = Callable[[BinaryIO, str, SourceOptions], Iterator[str]]
@@ -39,40 +40,42 @@ def read_files(source: str, inputs: Sequence[Path], options: SourceOptions) -> I
     """Documents of files and folders; folders are walked in the order of their paths, hidden files left out.
 
     Args:
-        source: `text` reads every file of a folder; `jsonl`, `csv` and `parquet` those with that suffix (or .gz).
+        source: `text` reads every file of a folder; `jsonl`, `csv`, `parquet` and `fasta` those with that suffix,
+            which .gz or .zst may follow.
 
     Raises:
         DataError: a path is missing, a folder has no such file, or a file is not what it should be.
-        EnvironmentFault: parquet without pyarrow.
+        EnvironmentFault: parquet without pyarrow, or .zst without zstandard.
     """
     reader, suffixes = _READERS[source]
     files = list_files(inputs, suffixes)
     return (text for file in files for text in _read_path(reader, file, options))
 
 
+def source_suffixes(source: str) -> tuple[str, ...]:
+    """Of the files of a folder that a source reads; none for all."""
+    archives = {"wheel": (".whl", ".zip"), "deb": (".deb",)}
+    return archives[source] if source in archives else _READERS[source][1]
+
+
 def read_member(name: str, where: str, stream: BinaryIO, options: SourceOptions) -> Iterator[str]:
     """Documents of an archive's member, read as its suffix says; members of other kinds hold none."""
-    plain = name.removesuffix(".gz")
     for reader, suffixes in _READERS.values():
-        if reader is not _read_parquet and plain.lower().endswith(suffixes or TEXT_SUFFIXES):
-            return read_stream(reader, stream, where, options, compressed=name != plain)
+        if reader is not _read_parquet and plain_name(name).endswith(suffixes or TEXT_SUFFIXES):
+            return read_stream(reader, stream, name, where, options)
     return iter(())
 
 
-def read_stream(
-    reader: Reader, stream: BinaryIO, where: str, options: SourceOptions, compressed: bool
-) -> Iterator[str]:
-    """Documents of an open file, decompressed first if need be; its faults are named."""
-    content = cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if compressed else stream
-    try:
-        yield from reader(content, where, options)
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise DataError(
-            f"{where}: found byte 0x{byte:02x}, expected UTF-8 text; convert the file, e.g. with iconv"
-        ) from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{where}: damaged gzip file ({error}); copy it again") from None
+def read_stream(reader: Reader, stream: BinaryIO, name: str, where: str, options: SourceOptions) -> Iterator[str]:
+    """Documents of an open file, decompressed first if its name says so; its faults are named."""
+    with decompressed(stream, name, where) as content:
+        try:
+            yield from reader(content, where, options)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            raise DataError(
+                f"{where}: found byte 0x{byte:02x}, expected UTF-8 text; convert the file, e.g. with iconv"
+            ) from None
 
 
 def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
@@ -81,7 +84,7 @@ def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
     for path in inputs:
         if path.is_dir():
             inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
-            wanted = [file for file in inside if file.name.lower().removesuffix(".gz").endswith(suffixes or ("",))]
+            wanted = [file for file in inside if plain_name(file.name).endswith(suffixes or ("",))]
             if not wanted:
                 raise DataError(f"{path}: holds no file {' or '.join(suffixes)}".rstrip() + "; check --input")
             files.extend(wanted)
@@ -99,7 +102,7 @@ def _hidden(file: Path, folder: Path) -> bool:
 def _read_path(reader: Reader, file: Path, options: SourceOptions) -> Iterator[str]:
     try:
         with file.open("rb") as stream:
-            yield from read_stream(reader, stream, str(file), options, compressed=file.name.lower().endswith(".gz"))
+            yield from read_stream(reader, stream, file.name, str(file), options)
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}; check the file") from None
 
@@ -175,6 +178,10 @@ def _pyarrow() -> ModuleType:
     return pyarrow
 
 
+def _read_fasta(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
+    return read_fasta(stream, where, options.fasta)
+
+
 def _no_field(where: str, field: str, found: str) -> DataError:
     return DataError(f"{where}: no text in field {field!r}; found {found or 'nothing'}; choose one with --text-field")
 
@@ -184,4 +191,5 @@ _READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "jsonl": (_read_jsonl, (".jsonl", ".ndjson")),
     "csv": (_read_csv, (".csv",)),
     "parquet": (_read_parquet, (".parquet",)),
+    "fasta": (_read_fasta, (".fa", ".fasta", ".fna", ".ffn")),
 }

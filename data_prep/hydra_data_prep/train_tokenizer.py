@@ -17,6 +17,7 @@ from hydra_scale.data.tokenizer import (
     TOKENIZER_FILE,
     UNK_ID,
     BytesTokenizer,
+    KmersTokenizer,
     NucleotidesTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -69,8 +70,8 @@ def train_sentencepiece(
 
 
 def existing_tokenizer(choice: str) -> Tokenizer:
-    """The tokenizer named by `bytes`, `nucleotides`, or the path of a SentencePiece model, of a tokenizer folder or of
-    a prepared folder.
+    """The tokenizer named by `bytes`, `nucleotides`, `kmers:K`, or the path of a SentencePiece model, of a tokenizer
+    folder or of a prepared folder.
 
     Raises:
         DataError: there is none, or it is not usable.
@@ -78,6 +79,8 @@ def existing_tokenizer(choice: str) -> Tokenizer:
     fixed = {cls.kind: cls for cls in (BytesTokenizer, NucleotidesTokenizer)}
     if choice in fixed:
         return fixed[choice]()
+    if kmers := re.fullmatch(r"kmers:(\d+)", choice):
+        return KmersTokenizer(int(kmers[1]))
     path = Path(choice)
     if path.is_file():
         return SentencePieceTokenizer(path.read_bytes(), str(path))
@@ -85,8 +88,8 @@ def existing_tokenizer(choice: str) -> Tokenizer:
         if (folder / TOKENIZER_FILE).is_file():
             return Tokenizer.load(folder)
     raise DataError(
-        f"{path}: no tokenizer there; expected sentencepiece, {', '.join(fixed)}, or the path of a SentencePiece model,"
-        " a tokenizer folder or a prepared folder"
+        f"{path}: no tokenizer there; expected sentencepiece, {', '.join(fixed)}, kmers:K, or the path of a"
+        " SentencePiece model, a tokenizer folder or a prepared folder"
     )
 
 

@@ -176,6 +176,33 @@ def profile(
     typer.echo(f"written    {output / 'profile.csv'}")
 
 
+@bench.command()
+def data(
+    folder: Annotated[Path, typer.Option("--data", help="Folder of `prepare`; its train split is used.")],
+    seqlen: Annotated[int, typer.Option(min=8, help="Tokens of a sequence.")] = 512,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences of a batch.")] = 32,
+    documents: Annotated[int, typer.Option(min=10, help="Documents for peers and for preparation.")] = 10_000,
+    batches: Annotated[int, typer.Option(min=10, help="Batches over which memory is watched.")] = 100_000,
+    timed: Annotated[int, typer.Option(min=10, help="Batches that are timed.")] = 1000,
+    peers: Annotated[
+        str | None,
+        typer.Option(help="webdataset,webdataset-collator,streaming,memory-map,datatrove  [all]"),
+    ] = None,
+    peer_path: PeerPath = None,
+    output: Output = Path("bench"),
+) -> None:
+    """Loading, positioning, memory, size and preparation of data on one core, beside other pipelines."""
+    import torch
+
+    from hydra_scale.bench.data import PEERS, Plan, run
+    from hydra_scale.bench.peers import Peers
+    from hydra_scale.bench.table import on_this_machine
+
+    plan = Plan(folder, seqlen, sequences, timed, batches, documents, _names("--peers", peers, PEERS, PEERS))
+    origin = on_this_machine(torch.device("cpu"), "", "int64") | {"device": "CPU, one core"}
+    _collect(run(plan, Peers(peer_path or ())), output / "data.csv", origin)
+
+
 def _names(option: str, value: str | None, choices: Sequence[str], default: Sequence[str]) -> Sequence[str]:
     """The names between the commas; none for an empty value.
 

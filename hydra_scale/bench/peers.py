@@ -54,6 +54,19 @@ class Peers:
         """The package transformers."""
         return self._import("transformers")
 
+    def webdataset(self) -> ModuleType:
+        """The package webdataset."""
+        return self._import("webdataset")
+
+    def streaming(self) -> ModuleType:
+        """The package of mosaicml-streaming."""
+        return self._import("streaming")
+
+    def datatrove(self) -> tuple[ModuleType, ModuleType, ModuleType]:
+        """Executors, readers and tokenisers of datatrove."""
+        executor = self._import("datatrove.executor")
+        return executor, self._import("datatrove.pipeline.readers"), self._import("datatrove.pipeline.tokens")
+
     def _import(self, module: str) -> ModuleType:
         """A module by its full name; one that lies in a given folder is imported alone, as `import_alone` explains."""
         try:

@@ -1,4 +1,4 @@
-"""Time a token against sequence length, as a drawing. The one place that knows matplotlib, which is optional."""
+"""Time a token against sequence length, as a drawing. Of this room, the one place that knows matplotlib."""
 
 from itertools import groupby
 from pathlib import Path

@@ -25,6 +25,8 @@ _HEADINGS = {
     "tflops": "TFLOP/s",
     "peak_share": "of peak",
     "gb_per_second": "GB/s",
+    "size_ratio": "bytes/token bytes",
+    "growth_mib": "growth MiB",
 }
 
 
@@ -67,6 +69,10 @@ class Row:
     difference: float | None = None
     """Relative RMS difference of the output, with the same weights and input, from the first row of its kind; in
     training relative difference of the first step's loss."""
+    size_ratio: float | None = None
+    """Bytes on disk over bytes of the tokens alone."""
+    growth_mib: float | None = None
+    """2^20 bytes by which the process's own memory grew."""
     status: str = "ok"
     """ok, or `missing: why` or `failed: why`."""
     device: str = ""

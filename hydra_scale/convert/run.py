@@ -40,15 +40,16 @@ def _origin(run: RunFolder, config: Config, manifest: CheckpointManifest) -> dic
         "run": run.path.name,
         "step": manifest.step,
         "tokens": manifest.state["tokens"],
-        "data": _data(Path(config.data.train), manifest.state["data"]),
+        "data": _data([Path(source.path) for source in config.data.sources], manifest.state["data"]),
         "evaluation": _evaluation(run.metrics_file, manifest.step),
         "config": dump_config(config),
     }
 
 
-def _data(folder: Path, fingerprint: str) -> dict[str, Any]:
+def _data(folders: list[Path], fingerprint: str) -> dict[str, Any]:
     """Name and fingerprint of the training data; its size and source too if the folder still holds the same data."""
-    known: dict[str, Any] = {"folder": folder.name, "fingerprint": fingerprint}
+    folder = folders[0]
+    known: dict[str, Any] = {"folder": ", ".join(path.name for path in folders), "fingerprint": fingerprint}
     try:
         manifest = read_data_manifest(folder)
     except DataError:

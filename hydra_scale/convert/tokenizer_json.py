@@ -7,7 +7,16 @@ import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
-from hydra_scale.data.tokenizer import CLS_ID, SEP_ID, SPECIAL_PIECES, UNK_ID, WHITESPACE, Tokenizer
+from hydra_scale.data.tokenizer import (
+    CLS_ID,
+    SEP_ID,
+    SPECIAL_PIECES,
+    UNK_ID,
+    WHITESPACE,
+    KmersTokenizer,
+    NucleotidesTokenizer,
+    Tokenizer,
+)
 from hydra_scale.errors import DataError
 
 _SAMPLES = (
@@ -36,7 +45,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
         special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)],
     )
     twin.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
-    for text in filter(str.isascii, _SAMPLES) if tokenizer.kind == "nucleotides" else _SAMPLES:
+    for text in filter(str.isascii, _SAMPLES) if isinstance(tokenizer, NucleotidesTokenizer) else _SAMPLES:
         expected = tokenizer.encode([tokenizer.normalise(text)])[0].tolist()
         if (found := twin.encode(text).ids) != expected:
             raise DataError(f"tokenizer export: {text!r} gives ids {found}, in training {expected}; not published")
@@ -112,7 +121,8 @@ def _nucleotides(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
             normalizers.Replace(Regex("[RYSWKMBDHV.-]"), "N"),
         ]
     )
-    twin.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    word = tokenizer.word.pattern if isinstance(tokenizer, KmersTokenizer) else "."
+    twin.pre_tokenizer = pre_tokenizers.Split(Regex(word), "isolated")
     twin.decoder = decoders.Fuse()
     return twin
 
@@ -122,4 +132,4 @@ def _text_normaliser() -> normalizers.Normalizer:
     return normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(WHITESPACE), " "), normalizers.Strip()])
 
 
-_BUILDERS = {"sentencepiece": _sentencepiece, "bytes": _bytes, "nucleotides": _nucleotides}
+_BUILDERS = {"sentencepiece": _sentencepiece, "bytes": _bytes, "nucleotides": _nucleotides, "kmers": _nucleotides}

@@ -6,18 +6,17 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from hydra_scale.config import DataConfig
-from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, Manifest, read_manifest
+from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER
 from hydra_scale.data.masking import Masking
-from hydra_scale.data.order import SequenceOrder
-from hydra_scale.data.shards import Split, TokenStore
-from hydra_scale.data.tokenizer import SEP_ID, Tokenizer
+from hydra_scale.data.sequences import MixedSplits, PreparedSplit
+from hydra_scale.data.shards import TokenStore
+from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 from hydra_scale.topology import Topology
 
@@ -107,36 +106,23 @@ class Unigram(NamedTuple):
             return cls(int(smoothed.argmax()), np.log(smoothed / smoothed.sum()))
 
 
-class _PreparedSplit:
-    """One split of a prepared folder with its order and masks: makes the batch of any range of sequences.
+class _Batches:
+    """Makes the batch of any range of sequences: lays them out and masks them."""
 
-    Raises:
-        DataError: as `read_manifest`, `Tokenizer.load` and `TokenStore`, or the tokenizer is not the manifest's.
-    """
+    def __init__(self, sequences: PreparedSplit | MixedSplits, config: DataConfig, seed: int, tokenizer: Tokenizer):
+        self._sequences, self._seqlen = sequences, config.seqlen
+        self._masking = Masking(config.masking, seed, tokenizer)
 
-    def __init__(self, folder: Path, split: Split, config: DataConfig, order_seed: int | None, mask_seed: int) -> None:
-        self.folder = folder
-        self.manifest = read_manifest(folder)
-        self.tokenizer = _tokenizer_of(folder, self.manifest)
-        self.store = TokenStore(folder, self.manifest, split)
-        self.order = SequenceOrder(self.store.lengths, config.seqlen, order_seed, config.packing)
-        rate = config.mask_rate if split == "train" else config.eval_mask_rate
-        self.masking = Masking(config.masking, rate, mask_seed, self.tokenizer)
-
-    def batch(self, first: int, count: int) -> Batch:
-        """Sequences [first, first + count) of the order."""
-        pieces = self.order.pieces(first, count)
-        tokens = self.store.gather(pieces.documents, pieces.starts, pieces.stops)
+    def __call__(self, first: int, count: int, mask_rate: float) -> Batch:
+        """Sequences [first, first + count)."""
+        pieces, tokens = self._sequences.lay_out(first, count)
         lengths = pieces.stops - pieces.starts
         borders = np.concatenate([[0], np.cumsum(lengths)])
-        if not self.order.packing:
-            # a document that was cut still ends in [SEP], as it will when the model is used
-            tokens[borders[1:][pieces.stops < self.order.lengths[pieces.documents]] - 1] = SEP_ID
         places = np.arange(len(tokens))
         sequences = np.repeat(pieces.sequences, lengths)
         first_piece = np.searchsorted(pieces.sequences, pieces.sequences, side="left")
         offsets = places - np.repeat(borders[first_piece], lengths)
-        masked = self.masking(tokens, sequences, offsets, borders[:-1])
+        masked = self._masking(tokens, sequences, offsets, borders[:-1], mask_rate)
         return Batch(
             input_ids=torch.from_numpy(masked.input_ids),
             cu_seqlens=torch.from_numpy(borders.astype(np.int32)),
@@ -144,7 +130,7 @@ class _PreparedSplit:
             position_ids=torch.from_numpy(places - np.repeat(borders[:-1], lengths)),
             masked_positions=torch.from_numpy(masked.positions),
             targets=torch.from_numpy(masked.targets),
-            token_keys=torch.from_numpy(sequences * self.order.seqlen + offsets),
+            token_keys=torch.from_numpy(sequences * self._seqlen + offsets),
             num_sequences=count,
             documents=torch.from_numpy(pieces.documents),
         )
@@ -154,19 +140,23 @@ class TrainingData:
     """The training sequences of a run. Any batch is a function of its number: nothing has to be saved to resume.
 
     Args:
-        config: folder, sequence length, packing and masks.
+        config: folders, sequence length, packing and masks.
         seed: of the order and of the masks.
 
     Raises:
-        DataError: the folder is missing, damaged, or inconsistent.
+        ConfigError: the weight of a source is too small to count.
+        DataError: a folder is missing, damaged, or inconsistent.
     """
 
     def __init__(self, config: DataConfig, seed: int) -> None:
-        self._split = _PreparedSplit(Path(config.train), "train", config, seed, seed)
-        self.tokenizer = self._split.tokenizer
-        self.tokenizer_folder = self._split.folder / TOKENIZER_FOLDER
-        self.fingerprint = self._split.manifest.fingerprint("train")
-        """Hash of the tokens and their order in the folder: a run may continue only on data with the same one."""
+        self._config = config
+        self._sequences = MixedSplits(config, seed)
+        first = self._sequences.splits[0]
+        self.tokenizer = first.tokenizer
+        self.tokenizer_folder = first.folder / TOKENIZER_FOLDER
+        self.fingerprint = self._sequences.fingerprint
+        """Hash of the tokens and their order in the folders: a run may continue only on data with the same one."""
+        self._batch = _Batches(self._sequences, config, seed, self.tokenizer)
 
     def micro_batches(
         self, step: int, rank: int, num_ranks: int, global_batch_size: int, micro_batch_size: int
@@ -181,12 +171,12 @@ class TrainingData:
         """
         share = global_batch_size // num_ranks
         begin = step * global_batch_size + rank * share
-        firsts = range(begin, begin + share, micro_batch_size)
-        return [self._split.batch(first, min(micro_batch_size, begin + share - first)) for first in firsts]
+        firsts, rate = range(begin, begin + share, micro_batch_size), self._config.mask_rate_at(step)
+        return [self._batch(first, min(micro_batch_size, begin + share - first), rate) for first in firsts]
 
     def ledger_hash(self, step: int, global_batch_size: int) -> str:
         """Hex sha256 of the global batch of a step: its (document, start, stop), int64, in order. Reads no token."""
-        pieces = self._split.order.pieces(step * global_batch_size, global_batch_size)
+        pieces = self._sequences.pieces(step * global_batch_size, global_batch_size)
         rows = np.stack([pieces.documents, pieces.starts, pieces.stops], axis=1)
         return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
@@ -216,7 +206,7 @@ class EvaluationData:
     """Held-out sequences in manifest order, with the same masks in every evaluation.
 
     Args:
-        config: its eval folder is used, or else its train folder.
+        config: its eval folder is used, or else its first train folder.
         tokenizer: the tokenizer of the model, which must be the one of the data; absent: not compared.
 
     Raises:
@@ -224,9 +214,10 @@ class EvaluationData:
     """
 
     def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
-        folder = Path(config.eval or config.train)
-        self._split = _PreparedSplit(folder, "eval", config, None, _EVALUATION_SEED)
+        self._split = PreparedSplit(config.eval or config.sources[0].path, "eval", config, None)
+        self._mask_rate, folder = config.eval_mask_rate, self._split.folder
         self.tokenizer = self._split.tokenizer
+        self._batch = _Batches(self._split, config, _EVALUATION_SEED, self.tokenizer)
         if tokenizer is not None and tokenizer.sha256 != self.tokenizer.sha256:
             raise DataError(
                 f"{folder / MANIFEST}: prepared with tokenizer {self.tokenizer.kind} {self.tokenizer.sha256[:12]}, the"
@@ -249,7 +240,8 @@ class EvaluationData:
         for turn in range(-(-len(firsts) // num_ranks)):
             mine = turn * num_ranks + rank
             first = firsts[min(mine, len(firsts) - 1)]
-            yield self._split.batch(first, min(micro_batch_size, total - first)), mine < len(firsts)
+            batch = self._batch(first, min(micro_batch_size, total - first), self._mask_rate)
+            yield batch, mine < len(firsts)
 
 
 def _ahead(
@@ -261,13 +253,3 @@ def _ahead(
         if index + _STEPS_AHEAD < len(steps):
             pending.append(thread.submit(make, steps[index + _STEPS_AHEAD]))
         yield step, batches
-
-
-def _tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
-    if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer.sha256, manifest.tokenizer.vocab_size):
-        raise DataError(
-            f"{folder / TOKENIZER_FOLDER}: {tokenizer.kind} tokenizer {tokenizer.sha256[:12]}, the manifest says"
-            f" {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]}; copy the folder again"
-        )
-    return tokenizer

@@ -136,8 +136,8 @@ class Manifest(_Record):
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a prepared folder; every listed file is there and has the listed size.
+def read_manifest(folder: Path, *, files_too: bool = True) -> Manifest:
+    """The manifest of a prepared folder; every listed file is there and has the listed size, if `files_too`.
 
     Raises:
         DataError: the folder, the manifest or a file is missing, cut or altered, or of a newer schema.
@@ -150,7 +150,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); copy or prepare the folder again") from None
     manifest = _validated(path, values)
-    for split, entry in manifest.splits.items():
+    for split, entry in manifest.splits.items() if files_too else ():
         _check_sizes(folder / split, entry)
     return manifest
 

@@ -1,15 +1,18 @@
 """Which tokens are masked and what stands in their place: a function of (seed, sequence, offset).
 
-Every ordinary token (or word) is chosen independently with the mask rate, as in the published recipe. The batch a
-sequence falls into, the number of ranks and the size of micro batches have no part in it.
+Every ordinary token (or word) is chosen independently with the mask rate, as in the published recipe; or spans are,
+as many as cover that share of the tokens. The batch a sequence falls into, the number of ranks and the size of micro
+batches have no part in it.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from hydra_scale.config import MaskingConfig
 from hydra_scale.data.philox import Stream, philox_words
+from hydra_scale.data.ranges import ranges
 from hydra_scale.data.tokenizer import MASK_ID, Tokenizer
 
 _WORD_RANGE = 1 << 32
@@ -30,22 +33,20 @@ class Masking:
     """Masks batches of laid-out sequences.
 
     Args:
-        config: kind of corruption, whole words or tokens.
-        mask_rate: probability of an ordinary token (or word) to be chosen.
+        config: kind of corruption; tokens, whole words or spans.
         seed: of the draws.
         tokenizer: says which ids are special and which start a word.
     """
 
-    def __init__(self, config: MaskingConfig, mask_rate: float, seed: int, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: MaskingConfig, seed: int, tokenizer: Tokenizer) -> None:
         self._config = config
-        self._threshold = round(mask_rate * _WORD_RANGE)
         self._seed = seed
         self._is_special = tokenizer.is_special
         self._starts_word = tokenizer.starts_word
         self._ordinary = np.flatnonzero(~tokenizer.is_special)
 
     def __call__(
-        self, tokens: np.ndarray, sequences: np.ndarray, offsets: np.ndarray, piece_begins: np.ndarray
+        self, tokens: np.ndarray, sequences: np.ndarray, offsets: np.ndarray, piece_begins: np.ndarray, rate: float
     ) -> Masked:
         """Corrupt tokens.
 
@@ -54,8 +55,12 @@ class Masking:
             sequences: int64 (T,), number of the sequence in the run.
             offsets: int64 (T,), place in the sequence, counted from 0 at each sequence's start.
             piece_begins: int64 (pieces,), first token of each piece of a document, ascending from 0.
+            rate: probability of an ordinary token (or word) to be chosen.
         """
-        chosen = self._draws(sequences, offsets) < self._threshold
+        if self._config.spans == "none":
+            chosen = self._draws(Stream.SELECTION, sequences, offsets) < round(rate * _WORD_RANGE)
+        else:
+            chosen = self._covered_by_spans(sequences, offsets, span_thresholds(self._config, rate))
         if self._config.whole_word:
             begins_word = self._starts_word[tokens]
             begins_word[piece_begins] = True
@@ -66,10 +71,27 @@ class Masking:
         input_ids[positions] = self._replacements(targets, sequences[positions], offsets[positions])
         return Masked(input_ids, positions, targets)
 
-    def _draws(self, sequences: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    def _covered_by_spans(self, sequences: np.ndarray, offsets: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+        """Tokens that a span covers, bool (T,).
+
+        One word a token says whether a span begins there and how long it is: its length is the number of thresholds
+        above the word. Spans that would begin before a sequence are drawn too, so that its first tokens are covered
+        like any other. A border between pieces does not end a span: what follows it is one more, in another document.
+        """
+        before = len(thresholds) - 1
+        begins = np.flatnonzero(offsets == 0)
+        sizes = np.diff(np.append(begins, len(offsets))) + before
+        places = ranges(np.zeros_like(sizes), sizes)
+        words = self._draws(Stream.SPANS, np.repeat(sequences[begins], sizes), places)
+        lengths = len(thresholds) - np.searchsorted(thresholds[::-1], words, side="right")
+        index = np.arange(len(words))
+        covered = np.maximum.accumulate(index + lengths) > index
+        return covered[places >= before]
+
+    def _draws(self, stream: Stream, sequences: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """One 32-bit word a token: word offset % 4 of the counter (offset // 4, sequence)."""
         begins = np.flatnonzero(offsets % 4 == 0)
-        words = philox_words(self._seed, Stream.SELECTION, offsets[begins] // 4, sequences[begins]).T
+        words = philox_words(self._seed, stream, offsets[begins] // 4, sequences[begins]).T
         if len(offsets) == words.size:
             return words.reshape(-1)
         return words.reshape(-1)[4 * (np.cumsum(offsets % 4 == 0) - 1) + offsets % 4]
@@ -83,3 +105,20 @@ class Masking:
         random = self._ordinary[drawn.astype(np.int64)]
         tenth = lot * np.uint64(10) // np.uint64(_WORD_RANGE)
         return np.where(tenth < 8, MASK_ID, np.where(tenth == 8, random, targets))
+
+
+@lru_cache(maxsize=16)
+def span_thresholds(config: MaskingConfig, rate: float) -> np.ndarray:
+    """Limits below which a 32-bit word starts a span of more than j tokens: uint64 (longest span,), descending.
+
+    A token is left alone if none of the spans that could reach it does, with probability
+    prod_j (1 - q P(length > j)), q being the probability of a span to begin at a token. q is where this is 1 - rate.
+    """
+    fixed = config.spans == "fixed"
+    further = np.arange(int(config.span_length) if fixed else config.span_max)
+    longer = (1.0 if fixed else 1 - 1 / config.span_length) ** further
+    low, high = 0.0, rate
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if 1 - np.prod(1 - middle * longer) < rate else (low, middle)
+    return np.round(high * longer * _WORD_RANGE).astype(np.uint64)

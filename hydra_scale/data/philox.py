@@ -24,6 +24,12 @@ class Stream(IntEnum):
     """Which tokens are masked; indices are (offset in the sequence // 4, sequence)."""
     REPLACEMENT = 2
     """What stands in a masked token's place; indices are (offset in the sequence, sequence)."""
+    BLOCKS = 3
+    """Order of the blocks; indices are (block, epoch)."""
+    MIXTURE = 4
+    """Order of the sources in a round; indices are (place, round)."""
+    SPANS = 5
+    """Where masked spans begin and how long they are; indices are (offset in the sequence // 2, sequence)."""
 
 
 def philox_words(seed: int, stream: Stream, minor: np.ndarray, major: np.ndarray, num_words: int = 4) -> np.ndarray:

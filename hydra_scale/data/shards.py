@@ -32,12 +32,14 @@ from hydra_scale.data.manifest import (
     sha256_file,
     split_entry,
 )
+from hydra_scale.data.ranges import ranges
 from hydra_scale.errors import DataError
 
 Split = Literal["train", "eval"]
 
 _RECORD = 512  # bytes of a tar header, and what every member is padded to
 _END_OF_TAR = bytes(2 * _RECORD)
+_GROUP = 32  # documents: memory takes 8 bytes for each group of them
 
 
 class ShardWriter:
@@ -45,7 +47,7 @@ class ShardWriter:
 
     Args:
         folder: of the split; created.
-        split: first part of the sample keys.
+        key: first part of the sample keys.
         vocab_size: ids are below it; decides between uint16 and uint32.
         shard_bytes: a shard is closed once it holds at least this many bytes.
         block_bytes: a block is closed once its tokens take at least this many bytes.
@@ -54,10 +56,10 @@ class ShardWriter:
     """
 
     def __init__(
-        self, folder: Path, split: Split, vocab_size: int, shard_bytes: int = 1 << 28, block_bytes: int = 1 << 18
+        self, folder: Path, key: str, vocab_size: int, shard_bytes: int = 1 << 28, block_bytes: int = 1 << 18
     ) -> None:
         folder.mkdir(parents=True)
-        self._folder, self._split, self._vocab_size = folder, split, vocab_size
+        self._folder, self._key, self._vocab_size = folder, key, vocab_size
         self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
         self._dtype = token_dtype(vocab_size)
         self._pending: list[np.ndarray] = []
@@ -107,7 +109,7 @@ class ShardWriter:
         if ids.max() >= self._vocab_size:
             raise ValueError(f"token id {ids.max()} is not below the vocabulary size {self._vocab_size}")
         if self._shard is None:
-            self._shard = _OpenShard(self._folder, self._split, len(self._shards))
+            self._shard = _OpenShard(self._folder, self._key, len(self._shards))
         self._shard.write(ids.astype(self._dtype), lengths)
         self._lengths.append(lengths)
         self._counts += np.bincount(ids, minlength=self._vocab_size)
@@ -128,8 +130,8 @@ class ShardWriter:
         self._entry = SplitEntry(
             documents=len(lengths),
             tokens=int(lengths.sum(dtype=np.int64)),
-            lengths=_save_array(self._folder / LENGTHS, lengths),
-            counts=_save_array(self._folder / COUNTS, self._counts.astype("<i8")),
+            lengths=save_array(self._folder / LENGTHS, lengths),
+            counts=save_array(self._folder / COUNTS, self._counts.astype("<i8")),
             shards=tuple(self._shards),
         )
 
@@ -137,11 +139,11 @@ class ShardWriter:
 class _OpenShard:
     """A shard that is being written: every byte goes to the file and into the hash."""
 
-    def __init__(self, folder: Path, split: str, number: int) -> None:
+    def __init__(self, folder: Path, key: str, number: int) -> None:
         self.name = f"shard-{number:06d}.tar"
         self.stream: BinaryIO = (folder / self.name).open("xb")
         self.size = 0
-        self._key = f"{split}-{number:06d}"
+        self._key = f"{key}-{number:06d}"
         self._hash = hashlib.sha256()
         self._blocks: list[Block] = []
 
@@ -185,7 +187,7 @@ class TokenStore:
         self.vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.lengths = _checked_array(self.folder, self.entry.lengths)
-        """Tokens of each document, uint32 (documents,)."""
+        """Tokens of each document, uint32 (documents,); a memory map."""
         blocks = np.array([block for shard in self.entry.shards for block in shard.blocks], np.int64)
         self._block_documents = np.concatenate([[0], np.cumsum(blocks[:, 1])])
         self._check_lengths(blocks)
@@ -194,7 +196,8 @@ class TokenStore:
         self._block_shift = blocks[:, 0] // self._dtype.itemsize - first_token
         shard_documents = [shard.documents for shard in self.entry.shards]
         self._shard_documents = np.concatenate([[0], np.cumsum(shard_documents)])
-        self._document_start = np.cumsum(self.lengths, dtype=np.int64) - self.lengths
+        groups = np.add.reduceat(self.lengths, np.arange(0, len(self.lengths), _GROUP), dtype=np.int64)
+        self._group_start = np.cumsum(groups) - groups
         self._shards: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(self.entry.shards)
 
     def counts(self) -> np.ndarray:
@@ -205,6 +208,17 @@ class TokenStore:
         """Hash every shard and check its ids; see `gather` for what is raised."""
         for number, shard in enumerate(self.entry.shards):
             self._open(self.folder / shard.name, number)
+
+    def read_shard(self, number: int) -> np.ndarray:
+        """All tokens of a shard, hashed and checked, in the type of the shards; see `gather` for what is raised."""
+        entry = self.entry.shards[number]
+        _, tokens = self._open(self.folder / entry.name, number)
+        begins, sizes = np.array([(b.offset // self._dtype.itemsize, b.tokens) for b in entry.blocks]).T
+        return tokens[ranges(begins, sizes)]
+
+    def lengths_of(self, number: int) -> np.ndarray:
+        """Tokens of each document of a shard, uint32."""
+        return np.array(self.lengths[self._shard_documents[number] : self._shard_documents[number + 1]])
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """Tokens starts[i]:stops[i] of each documents[i], laid end to end.
@@ -220,17 +234,30 @@ class TokenStore:
         """
         block = np.searchsorted(self._block_documents, documents, side="right") - 1
         shard = np.searchsorted(self._shard_documents, documents, side="right") - 1
-        begin = self._document_start[documents] + starts + self._block_shift[block]
+        begin = self._document_start(documents) + starts + self._block_shift[block]
         size = stops - starts
         used = np.unique(shard)
         if len(used) == 1:
-            return self._shard(int(used[0]))[_ranges(begin, size)]
+            return self._shard(int(used[0]))[ranges(begin, size)]
         tokens = np.empty(int(size.sum()), self._dtype)
         place = np.cumsum(size) - size
         for number in used:
             here = shard == number
-            tokens[_ranges(place[here], size[here])] = self._shard(int(number))[_ranges(begin[here], size[here])]
+            tokens[ranges(place[here], size[here])] = self._shard(int(number))[ranges(begin[here], size[here])]
         return tokens
+
+    @property
+    def block_sizes(self) -> np.ndarray:
+        """Documents of each block, int64 (blocks,)."""
+        return np.diff(self._block_documents)
+
+    def _document_start(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens of the split before each document: kept for one in _GROUP, the rest is added up when asked."""
+        group, inside = np.divmod(documents, _GROUP)
+        before = np.arange(_GROUP - 1)
+        neighbours = np.minimum(_GROUP * group[:, None] + before, len(self.lengths) - 1)
+        lengths = np.where(before < inside[:, None], self.lengths[neighbours], 0)
+        return self._group_start[group] + lengths.sum(axis=1, dtype=np.int64)
 
     def _shard(self, number: int) -> np.ndarray:
         """A shard as one array of tokens. The size is compared each time: reading past a cut file kills the process."""
@@ -296,12 +323,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
-def _ranges(begin: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """begin[0], begin[0] + 1, ... (size[0] of them), begin[1], ...: int64 (sum of size,)."""
-    end = np.cumsum(size)
-    return np.arange(end[-1]) + np.repeat(begin - (end - size), size)
-
-
 def _member(name: str, content: bytes) -> bytes:
     """A tar member: header without time or owner, content, filling."""
     info = tarfile.TarInfo(name)
@@ -315,7 +336,8 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _save_array(path: Path, array: np.ndarray) -> FileEntry:
+def save_array(path: Path, array: np.ndarray) -> FileEntry:
+    """Write a .npy file."""
     path.write_bytes(_npy(array))
     return FileEntry(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
 
@@ -323,4 +345,4 @@ def _save_array(path: Path, array: np.ndarray) -> FileEntry:
 def _checked_array(folder: Path, entry: FileEntry) -> np.ndarray:
     path = folder / entry.name
     check_sha256(path, sha256_file(path), entry.sha256)
-    return np.load(path, allow_pickle=False)
+    return np.load(path, allow_pickle=False, mmap_mode="r")

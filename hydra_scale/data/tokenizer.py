@@ -1,4 +1,4 @@
-"""Tokenizers: one interface over SentencePiece models, bytes and nucleotides.
+"""Tokenizers: one interface over SentencePiece models, bytes, nucleotides and k-mers.
 
 Every kind has the same five special tokens, ids 0 to 4, and no text can produce one of them. A tokenizer folder holds
 hydra_tokenizer.json (kind, size, and hashes of the other files) and, for SentencePiece, the model; it travels with
@@ -7,9 +7,11 @@ prepared data, checkpoints and exported models.
 
 import hashlib
 import json
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import ClassVar
 
@@ -222,8 +224,49 @@ class NucleotidesTokenizer(Tokenizer):
         return (*SPECIAL_PIECES, *self._BASES)[token]
 
 
+class KmersTokenizer(NucleotidesTokenizer):
+    """Every k bases that follow each other are one token; what is left before an N or the end is spelled base by base.
+
+    Ids 5 to 9 are those of the nucleotides, then come the 4^k words of A C G T in alphabetical order.
+
+    Raises:
+        DataError: k is not within 2 and 8.
+    """
+
+    kind = "kmers"
+
+    def __init__(self, k: int) -> None:
+        if not 2 <= k <= 8:
+            raise DataError(f"--tokenizer kmers:{k}: expected a k of 2 to 8")
+        super().__init__()
+        self._pieces = [*SPECIAL_PIECES, *self._BASES, *map("".join, product("ACGT", repeat=k))]
+        self._ids = {piece: index for index, piece in enumerate(self._pieces) if index >= _NUM_SPECIAL}
+        self.word = re.compile(f"[ACGT]{{{k}}}|.", re.DOTALL)
+        """What becomes one token, taken from the left."""
+        self._set_vocabulary(len(self._pieces), np.arange(len(self._pieces)))
+
+    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        ids = (np.array([self._ids.get(w, UNK_ID) for w in self.word.findall(text)], np.uint32) for text in texts)
+        return [_framed(body) if frame else body for body in ids]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        return "".join(self._pieces[int(token)] for token in ids if token >= _NUM_SPECIAL)
+
+    def piece(self, token: int) -> str:
+        return self._pieces[token]
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        path = folder / TOKENIZER_FILE
+        words = json.loads(path.read_bytes()).get("vocab_size", 0) - _NUM_SPECIAL - len(cls._BASES)
+        k = (words.bit_length() - 1) // 2 if isinstance(words, int) and words > 0 else 0
+        if not 2 <= k <= 8 or words != 4**k:
+            raise DataError(f"{path}: not the size of a k-mer vocabulary; the tokenizer was altered: copy it again")
+        return cls(k)
+
+
 KINDS: dict[str, type[Tokenizer]] = {
-    cls.kind: cls for cls in (SentencePieceTokenizer, BytesTokenizer, NucleotidesTokenizer)
+    cls.kind: cls for cls in (SentencePieceTokenizer, BytesTokenizer, NucleotidesTokenizer, KmersTokenizer)
 }
 
 

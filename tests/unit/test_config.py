@@ -60,6 +60,31 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, override
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.train=[{pat: x}]", "data.train.list.0.path is missing"),
+        ("data.train=[{path: x, weight: 0}]", "data.train.list.0.weight: found 0"),
+        ("data.train=[]", "data.train.list: found []"),
+        ("data.train=5", "data.train.folder: found 5"),
+        ("data.mask_rate=1.5", "data.mask_rate.constant: found 1.5"),
+        ("data.mask_rate=[[0, 2]]", "data.mask_rate.schedule.0.1: found 2"),
+        ("data.mask_rate=[[5, 0.1], [3, 0.2]]", "mask_rate has the steps [5, 3]; expected ascending ones"),
+    ],
+)
+def test_of_two_forms_the_error_is_about_the_one_that_was_meant(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(write(tmp_path, "data: {train: x}\n"), [override])
+    assert message in str(caught.value)
+
+
+def test_several_folders_survive_a_round_trip(tmp_path: Path) -> None:
+    overrides = ["data.train=[{path: a, weight: 2}, {path: b}]", "data.mask_rate=[[0, 0.4], [9, 0.2]]"]
+    config = load_config(write(tmp_path, "data: {train: x}\n"), overrides)
+    assert [(source.path, source.weight) for source in config.data.sources] == [("a", 2.0), ("b", 1.0)]
+    assert load_config(write(tmp_path, dump_config(config))) == config
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot be read"):
         load_config(tmp_path / "nowhere.yaml")

@@ -130,6 +130,23 @@ def test_random_cuts_and_flips_are_never_silent(seed: int, write_folder: WriteFo
     assert np.array_equal(read_everything(folder), expected)
 
 
+@pytest.mark.parametrize("kind", ["cut", "flip"])
+def test_a_thousand_damages_of_a_shard_are_never_silent(kind: str, write_folder: WriteFolder) -> None:
+    """Cuts at and flips of random places of one shard, headers and filling included: each is an error that names it."""
+    folder = write_folder(random_documents(60), shard_bytes=4000)
+    path, random = folder / "train" / "shard-000000.tar", np.random.default_rng(0)
+    content = path.read_bytes()
+    for place in random.integers(0, len(content), 1000):
+        damaged = bytearray(content[:place] if kind == "cut" else content)
+        if kind == "flip":
+            damaged[place] ^= 1 << random.integers(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"shard-000000\.tar: "):
+            read_everything(folder)
+    path.write_bytes(content)
+    assert np.array_equal(read_everything(folder), np.concatenate(random_documents(60)))
+
+
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:
     values = json.loads((folder / "manifest.json").read_text())
     del values["sha256"]

@@ -1,6 +1,7 @@
 """The order of documents and their cutting into sequences, against a plain concatenation."""
 
-from itertools import chain
+import tracemalloc
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
@@ -91,3 +92,75 @@ def test_large_seeds_and_far_positions() -> None:
     far = order.pieces(10**12, 2)
     assert (far.stops - far.starts).sum() == 1024
     assert sorted(set(far.sequences.tolist())) == [10**12, 10**12 + 1]
+
+
+BLOCKS = np.array([5, 1, 9, 2, 20, 3, 3, 14])
+
+
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+@pytest.mark.parametrize("window", [1, 7, 30])
+def test_windows_are_whole_blocks_after_another(window: int, packing: bool) -> None:
+    """Several windows an epoch: every document once, those of a block near each other, other windows each epoch."""
+    n, block_of = len(LENGTHS), np.repeat(np.arange(len(BLOCKS)), BLOCKS)
+    order = SequenceOrder(LENGTHS, 1000, 4, packing=False, blocks=BLOCKS, window=window)
+    seen = set()
+    for epoch in range(6):
+        documents = order.pieces(epoch * n, n).documents
+        assert sorted(documents) == list(range(n))
+        first_visits = [np.flatnonzero(block_of[documents] == block).min() for block in range(len(BLOCKS))]
+        # a block's documents lie in one window: its first and last visit are less than a window and a block apart
+        last_visits = [np.flatnonzero(block_of[documents] == block).max() for block in range(len(BLOCKS))]
+        assert (np.array(last_visits) - first_visits).max() < window + BLOCKS.max()
+        seen.add(tuple(np.argsort(first_visits)))
+    assert len(seen) == 6
+    stream = [(d, p) for d in order.pieces(0, n).documents for p in range(LENGTHS[d])]
+    if packing:
+        packed = SequenceOrder(LENGTHS, 32, 4, packing=True, blocks=BLOCKS, window=window)
+        found = list(chain.from_iterable(spelled_out(packed, 0, TOTAL // 32).values()))
+        assert found == stream[: len(found)]
+        for first in (3, 17, 30):
+            assert spelled_out(packed, first, 1)[first] == stream[first * 32 : (first + 1) * 32]
+
+
+def test_one_window_does_not_depend_on_blocks() -> None:
+    whole = SequenceOrder(LENGTHS, 16, 4, packing=True).pieces(0, 200)
+    cut = SequenceOrder(LENGTHS, 16, 4, packing=True, blocks=BLOCKS, window=1000).pieces(0, 200)
+    assert all(np.array_equal(a, b) for a, b in zip(whole, cut, strict=True))
+
+
+def test_unpacked_split_uses_every_token() -> None:
+    order = SequenceOrder(LENGTHS, 16, seed=2, packing=False, truncate=False)
+    count = int((-(-LENGTHS.astype(int) // 16)).sum())
+    sequences = list(spelled_out(order, 0, count).values())
+    assert max(map(len, sequences)) == 16
+    tokens = list(chain.from_iterable(sequences))
+    assert sorted(tokens) == [(d, p) for d in range(len(LENGTHS)) for p in range(LENGTHS[d])]
+    for before, after in pairwise(sequences):
+        if after[0][1]:  # not the first of its document: follows the piece before it
+            assert after[0] == (before[-1][0], before[-1][1] + 1)
+
+
+def test_packed_truncate_uses_beginnings_without_filling() -> None:
+    order = SequenceOrder(LENGTHS, 16, seed=2, packing=True, truncate=True)
+    kept = np.minimum(LENGTHS, 16)
+    count = int(kept.sum()) // 16
+    sequences = spelled_out(order, 0, count)
+    assert all(len(tokens) == 16 for tokens in sequences.values())
+    tokens = list(chain.from_iterable(sequences.values()))
+    assert len(set(tokens)) == len(tokens)
+    assert all(position < 16 for _, position in tokens)
+
+
+def test_a_billion_documents_in_a_few_megabytes() -> None:
+    """Lengths by a formula, as if on disk: what is drawn stays small, and any position is found at once."""
+    num_documents, in_a_block = 10**9, 500
+    lengths = np.broadcast_to(np.uint32(235), num_documents)
+    blocks = np.full(num_documents // in_a_block, in_a_block)
+    tracemalloc.start()
+    order = SequenceOrder(lengths, 512, seed=1, packing=True, blocks=blocks)
+    pieces = order.pieces(10**9, 32)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (pieces.stops - pieces.starts).sum() == 32 * 512
+    assert len(np.unique(pieces.documents // in_a_block)) > 60  # neighbours come from everywhere
+    assert peak < 200 * 2**20

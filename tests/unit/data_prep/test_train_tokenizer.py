@@ -56,8 +56,9 @@ def test_existing_tokenizers(tmp_path: Path, sentences: list[str]) -> None:
         assert existing_tokenizer(str(tmp_path / choice)).sha256 == trained.sha256
     assert existing_tokenizer("bytes").sha256 == BytesTokenizer().sha256
     assert existing_tokenizer("nucleotides").vocab_size == 10
+    assert existing_tokenizer("kmers:4").vocab_size == 10 + 4**4
 
 
 def test_no_tokenizer_there(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no tokenizer there; expected sentencepiece, bytes, nucleotides, or the path"):
+    with pytest.raises(DataError, match="no tokenizer there; expected sentencepiece, bytes, nucleotides, kmers:K, or"):
         existing_tokenizer(str(tmp_path))

@@ -1,0 +1,124 @@
+"""New prepared folders out of shards that exist: parts joined, or a folder without its broken shards.
+
+Shards are linked, or copied where the file system cannot link; no token is written anew.
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from hydra_data_prep.publish import check_free, published
+from hydra_scale.data.manifest import COUNTS, LENGTHS, TOKENIZER_FOLDER, Manifest, ShardEntry, SplitEntry, read_manifest
+from hydra_scale.data.shards import Split, TokenStore, save_array
+from hydra_scale.data.tokenizer import Tokenizer
+from hydra_scale.errors import DataError
+
+
+@dataclass(frozen=True)
+class _Shard:
+    path: Path
+    entry: ShardEntry
+    lengths: np.ndarray
+    counts: np.ndarray
+
+
+def join(parts: Sequence[Path], output: Path) -> Manifest:
+    """One folder of the documents of several, in their order; shards are numbered anew. Every shard is hashed.
+
+    Raises:
+        DataError: a part is damaged or of another tokenizer, two hold the same shard, or the output is not empty.
+        EnvironmentFault: the output cannot be written.
+    """
+    check_free(output)
+    manifests = [read_manifest(part) for part in parts]
+    first = manifests[0]
+    for part, manifest in zip(parts, manifests, strict=True):
+        if manifest.tokenizer != first.tokenizer:
+            raise DataError(
+                f"{part}: prepared with tokenizer {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]},"
+                f" {parts[0]} with {first.tokenizer.kind} {first.tokenizer.sha256[:12]}; prepare it with the same one"
+            )
+    _refuse_twins(parts, manifests)
+    shards: dict[Split, list[_Shard]] = {}
+    for part, manifest in zip(parts, manifests, strict=True):
+        for split in manifest.splits:
+            store = TokenStore(part, manifest, split)
+            shards.setdefault(split, []).extend(_read(store, number) for number in range(len(store.entry.shards)))
+    return _write(parts[0], first, shards, output)
+
+
+def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
+    """A folder of the shards that are as the manifest says, and what is wrong with each of the others.
+
+    Raises:
+        DataError: manifest, lengths or tokenizer are damaged, a split has no whole shard, or the output is not empty.
+        EnvironmentFault: the output cannot be written.
+    """
+    check_free(output)
+    manifest = read_manifest(folder, files_too=False)
+    faults: list[str] = []
+    shards: dict[Split, list[_Shard]] = {}
+    for split in manifest.splits:
+        store = TokenStore(folder, manifest, split)
+        whole = shards[split] = []
+        for number in range(len(store.entry.shards)):
+            try:
+                whole.append(_read(store, number))
+            except DataError as error:
+                faults.append(str(error))
+        if not whole:
+            raise DataError(f"{folder / split}: none of its {len(store.entry.shards)} shards is whole; {faults[-1]}")
+    return _write(folder, manifest, shards, output), faults
+
+
+def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
+    seen: dict[str, Path] = {}
+    for part, manifest in zip(parts, manifests, strict=True):
+        for split, entry in manifest.splits.items():
+            for shard in entry.shards:
+                path = part / split / shard.name
+                if shard.sha256 in seen:
+                    raise DataError(f"{path}: the same content as {seen[shard.sha256]}; leave one of the parts out")
+                seen[shard.sha256] = path
+
+
+def _read(store: TokenStore, number: int) -> _Shard:
+    entry = store.entry.shards[number]
+    counts = np.bincount(store.read_shard(number), minlength=store.vocab_size)
+    return _Shard(store.folder / entry.name, entry, store.lengths_of(number), counts)
+
+
+def _write(origin: Path, manifest: Manifest, shards: dict[Split, list[_Shard]], output: Path) -> Manifest:
+    with published(output.absolute()) as folder:
+        Tokenizer.load(origin / TOKENIZER_FOLDER).save(folder / TOKENIZER_FOLDER)
+        splits = {split: _write_split(folder / split, found) for split, found in shards.items()}
+        manifest.model_copy(update={"splits": splits}).write(folder)
+    return read_manifest(output)
+
+
+def _write_split(folder: Path, shards: list[_Shard]) -> SplitEntry:
+    folder.mkdir()
+    entries = []
+    for number, shard in enumerate(shards):
+        entries.append(shard.entry.model_copy(update={"name": f"shard-{number:06d}.tar"}))
+        _link(shard.path, folder / entries[-1].name)
+    lengths = np.concatenate([shard.lengths for shard in shards])
+    counts = np.sum([shard.counts for shard in shards], axis=0)
+    return SplitEntry(
+        documents=len(lengths),
+        tokens=int(lengths.sum(dtype=np.int64)),
+        lengths=save_array(folder / LENGTHS, lengths),
+        counts=save_array(folder / COUNTS, counts.astype("<i8")),
+        shards=tuple(entries),
+    )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,135 @@
+"""Prepared folders behind a URL: copied once into a local cache, with retries, and read like any other from there.
+
+The order of documents visits every shard in every window, so a run needs all of them within its first steps: they are
+fetched whole, several at a time, and nothing is asked of the network afterwards.
+"""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from filelock import FileLock
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from hydra_scale.config import DataConfig
+from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, FileEntry, read_manifest, sha256_file
+from hydra_scale.errors import DataError, EnvironmentFault
+
+_ATTEMPTS = 5
+_AT_ONCE = 8
+_USED = "used"  # its time of change is when the folder was last opened
+
+
+class _Damaged(Exception):
+    """What arrived is not what the manifest lists."""
+
+
+def localised(address: str, config: DataConfig) -> Path:
+    """The local folder of `address`: itself, or for a URL a copy in the cache. Ranks of a node wait for one of them.
+
+    Raises:
+        DataError: `pipe:`, an unknown scheme, no prepared folder there, or larger than the cache may be.
+        EnvironmentFault: it cannot be fetched, or the scheme needs a package that is not installed.
+    """
+    if address.startswith("pipe:"):
+        raise DataError(f"{address}: pipe: is refused, data is not the output of a command; give a folder or a URL")
+    if "://" not in address:
+        return Path(address)
+    files, root = _file_system(address)
+    cache = Path(config.cache) if config.cache else _user_cache()
+    cache.mkdir(parents=True, exist_ok=True)
+    with FileLock(cache / "lock"):
+        manifest = _retried(address, partial(files.cat_file, f"{root}/{MANIFEST}"))
+        folder = cache / hashlib.sha256(address.encode() + manifest).hexdigest()[:16]
+        folder.mkdir(exist_ok=True)
+        (folder / MANIFEST).write_bytes(manifest)
+        (folder / _USED).touch()
+        missing = [(name, entry) for name, entry in _listed(folder) if not _is_there(folder / name, entry)]
+        if config.cache_gb:
+            _make_room(cache, folder, missing, config.cache_gb, address)
+        _fetch_tokenizer(files, root, folder, address)
+        with ThreadPoolExecutor(_AT_ONCE) as threads:
+            list(threads.map(lambda file: _fetch(files, root, folder, *file, address=address), missing))
+    return folder
+
+
+def _file_system(address: str) -> tuple[Any, str]:
+    try:
+        files, root = fsspec.core.url_to_fs(address)
+    except ValueError:
+        known = ", ".join(sorted({"s3", "gs", "https", "http", "hf", "abfs", "file"}))
+        raise DataError(f"{address}: unknown scheme; expected one that fsspec knows, like {known}") from None
+    except ImportError as error:
+        raise EnvironmentFault(f"{address}: {error}") from None
+    return files, root.rstrip("/")
+
+
+def _listed(folder: Path) -> list[tuple[str, FileEntry]]:
+    splits = read_manifest(folder, files_too=False).splits
+    return [(f"{s}/{file.name}", file) for s, e in splits.items() for file in (e.lengths, e.counts, *e.shards)]
+
+
+def _is_there(path: Path, entry: FileEntry) -> bool:
+    return path.is_file() and path.stat().st_size == entry.bytes
+
+
+def _fetch_tokenizer(files: Any, root: str, folder: Path, address: str) -> None:
+    (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
+    for name in _retried(address, partial(files.ls, f"{root}/{TOKENIZER_FOLDER}", detail=False)):
+        content = _retried(address, partial(files.cat_file, name))
+        (folder / TOKENIZER_FOLDER / Path(name).name).write_bytes(content)
+
+
+def _fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, address: str) -> None:
+    target = folder / name
+    aside = target.with_name(f".{target.name}.fetching")
+    target.parent.mkdir(exist_ok=True)
+
+    def fetch() -> None:
+        files.get_file(f"{root}/{name}", str(aside))
+        if sha256_file(aside) != entry.sha256:
+            raise _Damaged("its content is not what the manifest lists")
+        aside.rename(target)
+
+    _retried(f"{address}/{name}", fetch)
+
+
+def _retried(what: str, call: Callable[[], Any]) -> Any:
+    passing = retry_if_exception(
+        lambda error: isinstance(error, OSError | _Damaged) and not isinstance(error, FileNotFoundError)
+    )
+    attempts = Retrying(stop=stop_after_attempt(_ATTEMPTS), wait=_WAIT, retry=passing, reraise=True)
+    try:
+        return attempts(call)
+    except FileNotFoundError:
+        raise DataError(f"{what}: not there; give the URL of a folder written by `hydra-scale prepare`") from None
+    except (OSError, _Damaged) as error:
+        raise EnvironmentFault(f"{what}: cannot be fetched after {_ATTEMPTS} attempts: {error}; try again") from None
+
+
+def _make_room(cache: Path, folder: Path, missing: list[tuple[str, FileEntry]], limit_gb: float, address: str) -> None:
+    """Remove the copies that were not opened for the longest time until what is missing fits."""
+    needed = _size(folder) + sum(entry.bytes for _, entry in missing)
+    if needed > 1e9 * limit_gb:
+        raise DataError(f"{address}: takes {needed / 1e9:.3g} GB, data.cache_gb is {limit_gb:g}; raise it")
+    others = [path.parent for path in cache.glob(f"*/{_USED}") if path.parent != folder]
+    others.sort(key=lambda path: (path / _USED).stat().st_mtime_ns, reverse=True)
+    while others and needed + sum(map(_size, others)) > 1e9 * limit_gb:
+        shutil.rmtree(others.pop())
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale" / "data"
+
+
+_WAIT = wait_exponential_jitter(initial=1, max=30)

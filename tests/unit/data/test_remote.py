@@ -1,0 +1,126 @@
+"""Data behind a URL, on fsspec's file system in memory: the same batches, retries, and a cache that keeps its size."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from made_up import WriteFolder, random_documents
+from tenacity import wait_none
+
+from hydra_scale.config import DataConfig
+from hydra_scale.data import remote
+from hydra_scale.data.loader import TrainingData
+from hydra_scale.data.remote import localised
+from hydra_scale.errors import DataError, EnvironmentFault
+
+
+class Flaky(MemoryFileSystem):
+    """Every call for a file fails a number of times before it works; or delivers damaged files."""
+
+    protocol = "flaky"
+    store: ClassVar[dict[str, Any]] = {}
+    failures = 0
+    damaged = 0
+    calls: ClassVar[dict[str, int]] = {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.replace("flaky://", "memory://"))
+
+    def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+        count = self.calls[rpath] = self.calls.get(rpath, 0) + 1
+        if count <= self.failures:
+            raise ConnectionResetError("the other side hung up")
+        super().get_file(rpath, lpath, **options)
+        if count <= self.damaged:
+            Path(lpath).write_bytes(b"?" + Path(lpath).read_bytes()[1:])
+
+
+@pytest.fixture(autouse=True)
+def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Flaky]]:
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    monkeypatch.setattr(remote, "_WAIT", wait_none())
+    for name, value in (("store", {}), ("calls", {}), ("failures", 0), ("damaged", 0)):
+        monkeypatch.setattr(Flaky, name, value)
+    yield Flaky
+    Flaky.clear_instance_cache()
+
+
+def uploaded(folder: Path, name: str = "bucket") -> str:
+    files = fsspec.filesystem("flaky")
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.pipe_file(f"/{name}/{path.relative_to(folder)}", path.read_bytes())
+    return f"flaky://{name}"
+
+
+def config(address: str | Path, tmp_path: Path, **options: Any) -> DataConfig:
+    return DataConfig(train=str(address), seqlen=48, cache=str(tmp_path / "cache"), **options)
+
+
+@pytest.mark.parametrize(("failures", "damaged"), [(0, 0), (3, 0), (0, 4)], ids=["sound", "hangs-up", "damages"])
+def test_same_batches_as_from_the_local_folder(
+    failures: int, damaged: int, flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    folder = write_folder(random_documents(150), random_documents(20, seed=1))
+    address = uploaded(folder)
+    flaky.failures, flaky.damaged = failures, damaged
+    there, here = (TrainingData(config(place, tmp_path), 3) for place in (address, folder))
+    assert there.fingerprint == here.fingerprint
+    for step in range(5):
+        (a,), (b,) = (data.micro_batches(step, 0, 1, 8, 8) for data in (there, here))
+        assert a.input_ids.equal(b.input_ids) and a.documents.equal(b.documents)
+    calls = dict(flaky.calls)
+    assert set(calls.values()) == {1 + failures + damaged}
+    TrainingData(config(address, tmp_path), 3)
+    assert flaky.calls == calls  # nothing is fetched twice
+
+
+@pytest.mark.parametrize(("failures", "damaged"), [(5, 0), (0, 5)])
+def test_gives_up_with_a_named_error(
+    failures: int, damaged: int, flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    address = uploaded(write_folder(random_documents(50)))
+    flaky.failures, flaky.damaged = failures, damaged
+    with pytest.raises(EnvironmentFault, match=r"flaky://bucket/train/.*: cannot be fetched after 5 attempts"):
+        localised(address, config(address, tmp_path))
+    flaky.failures = flaky.damaged = 0
+    TrainingData(config(address, tmp_path), 3)
+
+
+def test_a_changed_folder_is_fetched_anew(write_folder: WriteFolder, tmp_path: Path) -> None:
+    places = []
+    for seed in (1, 2):
+        address = uploaded(write_folder(random_documents(50, seed=seed), name=str(seed)))
+        places.append(localised(address, config(address, tmp_path)))
+    assert len(set(places)) == 2
+
+
+def test_the_cache_keeps_its_size(write_folder: WriteFolder, tmp_path: Path) -> None:
+    folders = [write_folder(random_documents(200, seed=i), name=str(i)) for i in range(3)]
+    addresses = [uploaded(folder, f"bucket{i}") for i, folder in enumerate(folders)]
+    size = max(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in folders)
+    roomy, tight = (config("", tmp_path, cache_gb=n * size / 1e9) for n in (2.2, 0.5))
+    first, second = (localised(address, roomy) for address in addresses[:2])
+    assert localised(addresses[0], roomy) == first  # now the second is the one not used for longer
+    third = localised(addresses[2], roomy)
+    assert [path.exists() for path in (first, second, third)] == [True, False, True]
+    with pytest.raises(DataError, match=r"takes .* GB, data.cache_gb is"):
+        localised(addresses[1], tight)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("pipe:cat shard.tar", "pipe: is refused"),
+        ("pipe://cat shard.tar", "pipe: is refused"),
+        ("nonsense://bucket", "unknown scheme"),
+        ("flaky://nowhere", "not there; give the URL of a folder"),
+    ],
+)
+def test_refused_addresses(address: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        localised(address, config(address, tmp_path))
