@@ -114,6 +114,7 @@ def scaling(
         int, typer.Option(min=1, help="Tokens of a document, but under context parallelism: that has one document.")
     ] = 2048,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after three that are not.")] = 10,
+    compare: Annotated[bool, typer.Option(help="Run one process alone first.")] = True,
     output: Output = Path("bench"),
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
@@ -130,7 +131,7 @@ def scaling(
         settings = load_config(config, [*(overrides or []), *each.settings])  # a mistake is told before the first start
     accelerator = choose_accelerator(0)
     origin = on_this_machine(accelerator.device, accelerator.name, settings.training.precision)
-    plan = Plan(config, overrides or [], processes, chosen or layouts(processes), tokens, seqlen, steps)
+    plan = Plan(config, overrides or [], processes, chosen or layouts(processes), tokens, seqlen, steps, compare)
     _collect(run(plan), output / "scaling.csv", origin)
 
 

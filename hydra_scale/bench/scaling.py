@@ -62,20 +62,22 @@ class Plan:
     seqlen: int
     num_steps: int
     """Steps that are timed."""
+    is_compared: bool = True
+    """Whether one process runs first."""
 
 
 def run(plan: Plan) -> Iterator[list[Row]]:
     """One row a layout; the ones of one process come first."""
     alone: dict[bool, float] = {}
-    for first in (ONE, ONE_LONG):
+    for first in (ONE, ONE_LONG) if plan.is_compared else ():
         if any(layout.is_one_document == first.is_one_document for layout in plan.layouts):
             row = _measure(plan, first, 1)
             alone[first.is_one_document] = row.tokens_per_second or 0.0
             yield [row]
     for layout in plan.layouts:
         row = _measure(plan, layout, plan.num_processes)
-        if row.tokens_per_second and alone[layout.is_one_document]:
-            row.efficiency = row.tokens_per_second / (plan.num_processes * alone[layout.is_one_document])
+        if row.tokens_per_second and (one := alone.get(layout.is_one_document)):
+            row.efficiency = row.tokens_per_second / (plan.num_processes * one)
         yield [row]
 
 
