@@ -336,6 +336,8 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one always follows the last step."""
     keep: Annotated[int, Field(ge=2)] = 3
     """Newest checkpoints that stay on disk."""
+    asynchronous: bool = True
+    """Train on while a checkpoint is written, from a copy in host memory; the last one of a run is waited for."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue if the run folder holds a checkpoint; never: refuse a run folder that has one."""
 

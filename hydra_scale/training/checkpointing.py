@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
 
 from hydra_scale.checkpoint.load import CheckpointReader
-from hydra_scale.checkpoint.save import save
+from hydra_scale.checkpoint.save import Saver
 from hydra_scale.config import Config
 from hydra_scale.errors import CheckpointError, HydraScaleError
 from hydra_scale.parallel.zero import ZeroOptimizer
@@ -27,7 +28,16 @@ class Checkpointing:
         self, run: RunFolder, optimizer: ZeroOptimizer, config: Config, topology: Topology, data_fingerprint: str
     ) -> None:
         self._run, self._optimizer, self._keep, self._topology = run, optimizer, config.checkpoint.keep, topology
-        self._data_fingerprint = data_fingerprint
+        self._data_fingerprint, self._asynchronous = data_fingerprint, config.checkpoint.asynchronous
+        self._saver = Saver(topology.accelerator.device)
+
+    def __enter__(self) -> "Checkpointing":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._saver.__exit__(kind, error, trace)
 
     def restore(self, parameter_names: set[str]) -> tuple[int, int]:
         """Load the newest whole checkpoint; returns its step and the tokens trained on, (0, 0) if there is none.
@@ -55,12 +65,31 @@ class Checkpointing:
         log.info("continuing from %s", folder)
         return reader.manifest.step, state["tokens"]
 
-    def save(self, step: int, tokens: int, may_publish: Callable[[], None]) -> None:
-        """Publish the checkpoint of `step`, unless `may_publish` raises, and delete the oldest beyond those to keep."""
+    def save(self, step: int, tokens: int, may_publish: Callable[[], None], *, wait: bool) -> list[int]:
+        """Begin to save `step`, once a save under way has ended; with `wait`, return when it is published.
+
+        Returns the steps published meanwhile. The oldest beyond those to keep are deleted after each.
+
+        Raises:
+            CheckpointError: on all ranks; either save failed, or `may_publish` raised.
+        """
+        published = self._published(self._saver.finish())
         state: dict[str, Any] = {"tokens": tokens, "data": self._data_fingerprint}
-        save(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state, may_publish)
+        self._saver.begin(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state, may_publish)
+        if wait or not self._asynchronous:
+            published += self._published(self._saver.finish())
+        return published
+
+    def poll(self) -> list[int]:
+        """At each step edge: the step published since the last, if any. Raises CheckpointError as `save`."""
+        return self._published(self._saver.poll())
+
+    def _published(self, step: int | None) -> list[int]:
+        if step is None:
+            return []
         if self._topology.is_main:
             self._run.checkpoints.retain(self._keep)
+        return [step]
 
     def _choose(self) -> Any:
         folder = self._run.checkpoints.newest_whole()

@@ -80,6 +80,7 @@ def _loop(
         return data.ledger_hash(step - 1, batch.global_batch_size)
 
     with (
+        checkpointing,
         Monitor(run, config, topology, first_step, ledger) as monitor,
         data.prefetch(first_step, num_steps, *ranks, batch.global_batch_size, batch.micro_batch_size) as batches,
     ):
@@ -95,9 +96,12 @@ def _loop(
             stop = edge.stop_reason()
             if step % config.evaluation.every == 0 or step == num_steps:
                 monitor.evaluation(step, evaluate(optimizer.module, held_out, config, topology))
-            if step % config.checkpoint.every == 0 or step == num_steps or stop:
-                checkpointing.save(step, tokens, edge.check_held)
-                monitor.checkpoint(step)
+            published = checkpointing.poll()
+            last = step == num_steps or bool(stop)
+            if step % config.checkpoint.every == 0 or last:
+                published += checkpointing.save(step, tokens, edge.check_held, wait=last)
+            for saved in published:
+                monitor.checkpoint(saved)
         if stop and step < num_steps:
             monitor.stopped(step, str(stop))
             return stop

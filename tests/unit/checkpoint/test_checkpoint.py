@@ -109,7 +109,7 @@ def test_a_missing_slice_is_not_published(folder: CheckpointFolder) -> None:
     assert folder.steps() == []
 
 
-NUM_OPERATIONS = 14  # writes, flushes, renames and deletions of one save and one retention
+NUM_OPERATIONS = 15  # writes, flushes, renames and deletions of one save and one retention
 
 
 @pytest.mark.parametrize("count", range(1, NUM_OPERATIONS + 2))
@@ -145,7 +145,8 @@ def save_and_die(path: Path, count: int) -> None:
         return wrapper
 
     for owner, name in (
-        (files, "flush"), (Path, "rename"), (Path, "write_bytes"), (Path, "write_text"), (Path, "mkdir"),
+        (files, "flush"), (save_module, "flush"), (Path, "rename"), (Path, "write_bytes"), (Path, "write_text"),
+        (Path, "mkdir"),
         (files.shutil, "rmtree"), (save_module, "save_file"),
     ):  # fmt: skip
         setattr(owner, name, dying(getattr(owner, name)))
