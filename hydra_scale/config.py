@@ -336,6 +336,13 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; one always follows the last step."""
     keep: Annotated[int, Field(ge=2)] = 3
     """Newest checkpoints that stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of it stay as well."""
+    keep_best: Annotated[int, Field(ge=0)] = 0
+    """So many stay as well of those whose step was evaluated, the lowest eval/loss first."""
+    init_from: str | None = None
+    """Run folder or checkpoint whose weights a new run starts from; the vocabulary may be of another size. Once the
+    run has a checkpoint of its own, that is what it continues from."""
     asynchronous: bool = True
     """Train on while a checkpoint is written, from a copy in host memory; the last one of a run is waited for."""
     resume: Literal["auto", "never"] = "auto"

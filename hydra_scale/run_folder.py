@@ -12,7 +12,7 @@ import torch
 from hydra_scale.checkpoint.files import write_durably
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.load import CheckpointReader
-from hydra_scale.config import Config
+from hydra_scale.config import CheckpointConfig, Config
 from hydra_scale.config_file import dump_config, flatten, load_config
 from hydra_scale.errors import CheckpointError, EnvironmentFault
 from hydra_scale.run_marks import RunMarks
@@ -78,6 +78,12 @@ class RunFolder:
             if file.exists():
                 kept = [line for line, values in _json_lines(file) if values["step"] <= step]
                 write_durably(file, "".join(kept).encode())
+
+    def retain_checkpoints(self, config: CheckpointConfig) -> None:
+        """Delete those that no rule keeps. Main rank only."""
+        rows = (values for _, values in _json_lines(self.metrics_file)) if self.metrics_file.exists() else ()
+        losses = {values["step"]: values["eval/loss"] for values in rows if "eval/loss" in values}
+        self.checkpoints.retain(config.keep, config.keep_every, losses, config.keep_best)
 
     def load_config(self) -> Config:
         """The configuration this run was last started with.

@@ -69,7 +69,13 @@ class CheckpointFolder:
             for leftover in self.path.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
 
-    def retain(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints."""
-        for step in self.steps()[:-keep]:
-            remove_folder(self.at(step))
+    def retain(
+        self, keep: int, every: int | None = None, losses: dict[int, float] | None = None, best: int = 0
+    ) -> None:
+        """Delete all but the newest `keep`, the multiples of `every`, and the `best` ones by their step's loss."""
+        steps = self.steps()
+        ranked = sorted((loss, step) for step, loss in (losses or {}).items() if step in steps)
+        stay = {*steps[-keep:], *(step for _, step in ranked[:best])}
+        for step in steps:
+            if step not in stay and (every is None or step % every):
+                remove_folder(self.at(step))

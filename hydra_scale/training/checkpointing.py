@@ -27,7 +27,7 @@ class Checkpointing:
     def __init__(
         self, run: RunFolder, optimizer: ZeroOptimizer, config: Config, topology: Topology, data_fingerprint: str
     ) -> None:
-        self._run, self._optimizer, self._keep, self._topology = run, optimizer, config.checkpoint.keep, topology
+        self._run, self._optimizer, self._config, self._topology = run, optimizer, config.checkpoint, topology
         self._data_fingerprint, self._asynchronous = data_fingerprint, config.checkpoint.asynchronous
         self._saver = Saver(topology.accelerator.device)
 
@@ -88,7 +88,7 @@ class Checkpointing:
         if step is None:
             return []
         if self._topology.is_main:
-            self._run.checkpoints.retain(self._keep)
+            self._run.retain_checkpoints(self._config)
         return [step]
 
     def _choose(self) -> Any:

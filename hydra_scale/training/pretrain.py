@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from hydra_scale.checkpoint.initial import start_from
 from hydra_scale.config import Config
 from hydra_scale.data.loader import EvaluationData, TrainingData
 from hydra_scale.evaluation.masked_lm import evaluate
@@ -66,6 +67,8 @@ def _loop(
     vocab_size: int,
 ) -> StopReason:
     model = build_model(config, vocab_size, topology.accelerator.device, topology.context, topology.tensor)
+    if config.checkpoint.init_from is not None and not on_main_rank(run.checkpoints.steps):
+        log.info("weights of %s", start_from(model, Path(config.checkpoint.init_from)))
     names = {global_name(name, parameter) for name, parameter in model.named_parameters()}
     optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)

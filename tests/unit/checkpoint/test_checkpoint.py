@@ -187,3 +187,10 @@ def test_retention_keeps_the_newest_by_number(folder: CheckpointFolder) -> None:
         write(folder, step)
     folder.retain(2)
     assert folder.steps() == [20, 100]
+
+
+def test_retention_by_multiples_and_by_loss(folder: CheckpointFolder) -> None:
+    for step in range(10, 100, 10):
+        write(folder, step)
+    folder.retain(2, every=40, losses={30: 1.0, 10: 2.0, 20: 0.5, 90: 3.0, 25: 0.1}, best=2)
+    assert folder.steps() == [20, 30, 40, 80, 90]
