@@ -7,12 +7,13 @@ import logging
 import os
 import resource
 import warnings
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from hydra_scale.errors import EnvironmentFault
 
@@ -30,6 +31,10 @@ class Accelerator:
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """Autocast to bfloat16 for precision "bf16"; does nothing for "fp32"."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+
+    def schedules(self) -> AbstractContextManager[Any]:
+        """Where megatron-core's pipeline schedules run, which name the device "cuda" when they allocate."""
+        return _NoCuda() if self.device.type == "cpu" else nullcontext()
 
     def synchronise(self) -> None:
         """Wait until the device has done what was asked of it."""
@@ -83,3 +88,13 @@ def _stand_in_for_cuda() -> None:
     """
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_args, **_kwargs: None
+
+
+class _NoCuda(TorchFunctionMode):
+    """Within this context tensors asked for on "cuda" are made on the CPU."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if kwargs.get("device") == "cuda":
+            kwargs = kwargs | {"device": "cpu"}
+        return function(*args, **kwargs)

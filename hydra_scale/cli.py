@@ -1,4 +1,4 @@
-"""The command line: `hydra-scale prepare | pretrain | evaluate | convert | fill-mask | bench | launch | doctor`.
+"""The command line: `hydra-scale prepare | pretrain | plan | evaluate | convert | fill-mask | bench | launch | doctor`.
 
 Commands import what they need when they run, so that `--help` is instant.
 """
@@ -180,6 +180,35 @@ def pretrain(
         stopped = run(settings, run_dir, notices)
     if stopped:
         raise typer.Exit(STOPPED_EARLY)
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="YAML configuration.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the run.")],
+    overrides: Overrides = None,
+    gpu_memory: Annotated[str, typer.Option(help="Memory of a GPU; a tenth of it stays free.")] = "80GB",
+    gpus_per_host: Annotated[int, typer.Option(min=1, help="GPUs that share a fast link.")] = 8,
+    limit: Annotated[int, typer.Option(min=1, help="Layouts to list.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Write JSON.")] = False,
+) -> None:
+    """Layouts of a run that fit on so many GPUs, with predicted memory, communication and speed, best first.
+
+    Arithmetic from the configuration alone: needs no GPU and reads no data.
+    """
+    from rich.console import Console
+
+    from hydra_scale.config_file import load_config
+    from hydra_scale.plan import report
+    from hydra_scale.plan.search import plan as run
+    from hydra_scale.plan.speed import Cluster
+
+    settings, memory = load_config(config, overrides or []), report.parse_bytes(gpu_memory)
+    plans = run(settings, gpus, memory, Cluster(gpus_per_host))[:limit]
+    if as_json:
+        typer.echo(report.as_json(plans))
+    else:
+        report.print_table(plans, Console(width=200))
 
 
 @app.command()

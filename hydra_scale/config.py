@@ -315,7 +315,10 @@ class ParallelConfig(Section):
     less and takes more turns: the better for many ranks. heads: tokens travel instead, each rank scanning all of them
     for some heads; to compare with, its bytes grow with the sequence."""
     pipeline: PositiveInt = 1
-    """Ranks that share the layers."""
+    """Ranks that share the layers, each a stage of a pipeline through which micro batches pass."""
+    interleave: PositiveInt = 1
+    """Parts of the encoder that each stage holds, taking turns, so that stages wait less and send more; needs
+    pipeline > 1."""
     sequence: bool = False
     """Megatron's sequence parallelism: tensor ranks also divide the tokens between the matrices; needs tensor > 1."""
 

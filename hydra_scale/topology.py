@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -84,6 +85,36 @@ ALONE = TensorRanks(0, 1)
 """Every matrix is whole."""
 
 
+class Stage(NamedTuple):
+    """This rank among those that share the layers."""
+
+    rank: int
+    size: int
+    interleave: int = 1
+    """Chunks of consecutive layers that each stage holds."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it embeds the tokens."""
+        return self.rank == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether it computes the loss."""
+        return self.rank == self.size - 1
+
+    def chunks(self, num_layers: int) -> list[range]:
+        """The layers of each chunk of this stage. A micro batch passes chunk 0 of all stages, then chunk 1 of all;
+        chunks differ by at most one layer."""
+        total = self.size * self.interleave
+        places = range(self.rank, total, self.size)
+        return [range(place * num_layers // total, (place + 1) * num_layers // total) for place in places]
+
+
+WHOLE = Stage(0, 1)
+"""Every layer is here."""
+
+
 @dataclass(frozen=True)
 class Topology:
     """Ranks and degrees of this process, and the groups it communicates in."""
@@ -102,32 +133,47 @@ class Topology:
     context: Context | None
     """Among which ranks a micro batch is divided; absent: each holds its own."""
     tensor: TensorRanks
+    stage: Stage
+    stage_group: dist.ProcessGroup
+    """The stages that share the layers."""
+    tied_group: dist.ProcessGroup | None
+    """The first and the last of them, which both hold the word embedding; absent elsewhere."""
 
     @property
     def is_main(self) -> bool:
         """Whether this process shows progress and writes the logs."""
         return self.rank == 0
 
+    def sum_over_batch(self, sums: torch.Tensor) -> None:
+        """Sum in place what ranks found in their micro batches, of which only the last stage of a pipeline has any."""
+        dist.all_reduce(sums, group=self.data_group)
+        if self.stage.size > 1:
+            dist.all_reduce(sums, group=self.stage_group)
+
 
 def check_layout(config: Config, world_size: int) -> None:
     """Refuse, before anything is allocated, a layout that cannot run.
 
     Raises:
-        ConfigError: a degree that this release does not have, or a batch that does not divide.
+        ConfigError: a degree that does not fit the others, the model or the processes, or a batch that does not divide.
     """
-    _refuse_degrees(config.parallel)
+    _refuse_combinations(config.parallel)
     _check_heads(config)
-    tensor, context = config.parallel.tensor, config.parallel.context
-    if world_size % (tensor * context):
-        name, degree, ranks = (
-            ("tensor", tensor, world_size) if world_size % tensor else ("context", context, world_size // tensor)
-        )
-        per = "" if ranks == world_size else f" / tensor {tensor} = {ranks}"
-        raise ConfigError(
-            f"parallel.{name} is {degree}: does not divide the {world_size} processes{per};"
-            f" nearest: {_nearest_divisors(degree, ranks)}"
-        )
-    shares = world_size // (tensor * context)
+    _check_stages(config)
+    shares, per = world_size, ""
+    for name in ("tensor", "context", "pipeline"):
+        degree = getattr(config.parallel, name)
+        if shares % degree:
+            raise ConfigError(
+                f"parallel.{name} is {degree}: does not divide the {world_size} processes"
+                f"{per and f'{per} = {shares}'}; nearest: {_nearest_divisors(degree, shares)}"
+            )
+        shares, per = shares // degree, per if degree == 1 else f"{per} / {name} {degree}"
+    _check_batch(config, shares)
+
+
+def _check_batch(config: Config, shares: int) -> None:
+    """Refuse a global batch that cannot be divided into micro batches of `shares` ranks, or not into enough."""
     batch, micro = config.training.global_batch_size, config.training.micro_batch_size
     if batch % (micro * shares):
         lower, upper = batch // (micro * shares), batch // (micro * shares) + 1
@@ -136,18 +182,45 @@ def check_layout(config: Config, world_size: int) -> None:
             f"training.global_batch_size is {batch}: not divisible by micro_batch_size {micro}"
             f" x {shares} data parallel ranks = {micro * shares}; nearest: {nearest_batch}"
         )
-
-
-def _refuse_degrees(parallel: ParallelConfig) -> None:
-    if parallel.pipeline != 1:
+    stages, num_micro_batches = config.parallel.pipeline, batch // (micro * shares)
+    if config.parallel.interleave > 1 and num_micro_batches % stages:
+        lower = num_micro_batches // stages * stages
+        nearest_batch = " or ".join(str(n * micro * shares) for n in (lower, lower + stages) if n)
         raise ConfigError(
-            f"parallel.pipeline is {parallel.pipeline}: this release computes with degree 1 only;"
-            " set parallel.pipeline=1"
+            f"parallel.interleave is {config.parallel.interleave}: the {num_micro_batches} micro batches of a rank are"
+            f" not divisible by parallel.pipeline {stages}; nearest training.global_batch_size: {nearest_batch}"
+        )
+
+
+def _refuse_combinations(parallel: ParallelConfig) -> None:
+    if parallel.interleave > 1 and parallel.pipeline == 1:
+        raise ConfigError(
+            f"parallel.interleave is {parallel.interleave} with parallel.pipeline 1: it divides the layers of pipeline"
+            " stages; raise parallel.pipeline or set parallel.interleave=1"
         )
     if parallel.sequence and parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence is true with parallel.tensor 1: it divides tokens over tensor ranks;"
             " raise parallel.tensor or set parallel.sequence=false"
+        )
+
+
+def _check_stages(config: Config) -> None:
+    """Refuse a pipeline with more chunks than layers, or with what cannot be combined with it."""
+    stages, interleave, num_layers = config.parallel.pipeline, config.parallel.interleave, config.model.num_layers
+    if stages * interleave > num_layers:
+        fitting = [n for n in range(1, num_layers + 1) if n * interleave <= num_layers]
+        nearest = (
+            f"nearest: {_two_nearest(stages, fitting)}" if fitting else f"parallel.interleave at most {num_layers}"
+        )
+        raise ConfigError(
+            f"parallel.pipeline is {stages} with parallel.interleave {interleave}: {stages * interleave} chunks of the"
+            f" {num_layers} layers of model.num_layers; {nearest}"
+        )
+    if stages > 1 and config.zero.stage > 1:
+        raise ConfigError(
+            f"zero.stage is {config.zero.stage} with parallel.pipeline {stages}: 2 and 3 divide gradients in every"
+            " backward pass, and a pipeline keeps those of all micro batches until its last one; set zero.stage=1"
         )
 
 
@@ -205,7 +278,7 @@ def joined(parallel: ParallelConfig, timeout: timedelta = timedelta(minutes=10))
     Raises:
         ConfigError, DistributedFault, EnvironmentFault: the degrees, launcher variables or devices do not fit.
     """
-    _refuse_degrees(parallel)
+    _refuse_combinations(parallel)
     env = ProcessEnvironment.read()
     try:
         yield _join(env, parallel, timeout)
@@ -230,6 +303,7 @@ def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta)
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
     )
+    stage = Stage(parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline, parallel.interleave)
     return Topology(
         rank=env.rank,
         world_size=env.world_size,
@@ -241,6 +315,9 @@ def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta)
         data_group=parallel_state.get_data_parallel_group(with_context_parallel=True),
         context=_context(parallel),
         tensor=TensorRanks(parallel_state.get_tensor_model_parallel_rank(), parallel.tensor, parallel.sequence),
+        stage=stage,
+        stage_group=parallel_state.get_pipeline_model_parallel_group(),
+        tied_group=parallel_state.get_embedding_group() if stage.is_first or stage.is_last else None,
     )
 
 

@@ -26,7 +26,7 @@ def dtypes_of_a_step(stage: int, precision: str) -> dict[str, str]:
         def note(name: str) -> Any:
             return lambda *call: seen.update({name: str(call[-1].dtype)})
 
-        for layer, kind in zip(model.encoder.layers, config.model.layer_kinds, strict=True):
+        for layer, kind in zip(model.encoder.layers.values(), config.model.layer_kinds, strict=True):
             for name, module in layer.mixer.named_modules():
                 if "weight" in dict(module.named_parameters(recurse=False)) and name != "conv1d":
                     module.register_forward_hook(note(f"{kind}.{name}"))

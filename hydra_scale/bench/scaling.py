@@ -44,6 +44,7 @@ def layouts(num_processes: int) -> list[Layout]:
     for exchange in ("gather", "neighbour", "heads"):
         name = f"context {num_processes}, {exchange}"
         found.append(Layout(name, (context, f"parallel.exchange={exchange}"), True))
+    found.append(Layout(f"pipeline {num_processes}", (f"parallel.pipeline={num_processes}",)))
     found.append(Layout(f"tensor {num_processes}", (tensor,)))
     found.append(Layout(f"tensor {num_processes}, sequence", (tensor, "parallel.sequence=true")))
     return found

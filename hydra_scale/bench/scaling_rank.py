@@ -14,18 +14,23 @@ from hydra_scale.bench.training import BERT_VOCAB_SIZE, for_batch, optimizer_ste
 from hydra_scale.config_file import load_config
 from hydra_scale.topology import joined
 
+_MICRO_BATCHES_A_STAGE = 4
+"""Of a pipeline: at two stages a ninth of a step is its bubble, (p - 1) / (m + p - 1)."""
+
 
 def measure(job: dict[str, Any]) -> dict[str, Any] | None:
     """Milliseconds of each timed step, the slowest rank's, and what the first step gave; on the main rank only."""
     config = load_config(Path(job["config"]), job["overrides"])
     with joined(config.parallel) as topology:
         instrument, device = instrument_for(topology.accelerator.device), topology.accelerator.device
-        ranks = topology.world_size // topology.batch_size  # that share a micro batch
-        tokens = job["tokens"] * ranks
+        ranks, stages = topology.world_size // topology.batch_size, topology.stage.size
+        num_batches = 1 if stages == 1 else _MICRO_BATCHES_A_STAGE * stages
+        tokens = job["tokens"] * ranks // num_batches  # of a micro batch, which those ranks share
         seqlen = min(job["seqlen"] or tokens, tokens)
         vocab_size = config.model.vocab_size or BERT_VOCAB_SIZE
         batch = random_batch(vocab_size, tokens // seqlen, seqlen, seed=topology.batch_rank)
-        with optimizer_steps(for_batch(config, batch, topology.batch_size), vocab_size, topology, batch) as step:
+        settings, batches = for_batch(config, batch, topology.batch_size * num_batches), [batch] * num_batches
+        with optimizer_steps(settings, vocab_size, topology, batches) as step:
             first = step()
             interleave([step], NUM_WARM_UP - 1, instrument)
             (times,) = interleave([step], job["num_steps"], instrument)
@@ -37,7 +42,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any] | None:
     return {
         "d_model": config.model.d_model,
         "seqlen": seqlen,
-        "tokens": (tokens // seqlen) * seqlen * topology.batch_size,
+        "tokens": (tokens // seqlen) * seqlen * num_batches * topology.batch_size,
         "milliseconds": milliseconds,
         "peak_gib": peak / 2**30 or None,
         "loss": first.loss,

@@ -152,15 +152,20 @@ def for_batch(config: Config, batch: Batch, num_batches: int = 1) -> Config:
 
 @contextmanager
 def optimizer_steps(
-    config: Config, vocab_size: int, topology: Topology, batch: Batch, change: Callable[[nn.Module], None] | None = None
+    config: Config,
+    vocab_size: int,
+    topology: Topology,
+    batches: list[Batch],
+    change: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Callable[[], StepResult]]:
-    """Pretraining's step on one batch, again and again; `change` may exchange parts of the fresh model."""
-    model = build_model(config, vocab_size, topology.accelerator.device, topology.context, topology.tensor)
+    """Pretraining's step on the same micro batches, again and again; `change` may exchange parts of the fresh model."""
+    device = topology.accelerator.device
+    model = build_model(config, vocab_size, device, topology.context, topology.tensor, topology.stage)
     if change is not None:
         change(model)
     optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     try:
-        yield lambda: train_step(optimizer, [batch], 1, config.optimizer.lr, config, topology)
+        yield lambda: train_step(optimizer, batches, 1, config.optimizer.lr, config, topology)
     finally:
         engine: Any = optimizer.module
         engine.destroy()  # its hooks on the gradients would keep model and moments for good
@@ -183,12 +188,12 @@ def our_step(
         training = config.training.model_copy(update={"cuda_graphs": False})
         config = config.model_copy(update={"training": training})
         change = partial(_with_public_mixers, config=config, public=peers.public_hydra())
-    with optimizer_steps(config, vocab_size, topology, batch, change) as step:
+    with optimizer_steps(config, vocab_size, topology, [batch], change) as step:
         yield lambda: step().loss
 
 
 def _with_public_mixers(model: Any, config: Config, public: Callable[..., nn.Module]) -> None:
-    for layer in model.encoder.layers:
+    for layer in model.encoder.layers.values():
         if isinstance(layer.mixer, HydraLayerMixer):
             layer.mixer = PublicMixer(public, config.model.d_model, config.model.mixer, layer.mixer)
 

@@ -160,7 +160,7 @@ class LayerMixerPackage(MixerPackage):
     @torch.no_grad()
     def _recorded(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         model, pairs = self.encoder.build(), []
-        mixer = model.encoder.layers[self.layer].get_submodule("mixer")
+        mixer = model.get_submodule(f"encoder.layers.{self.layer}.mixer")
         mixer.register_forward_hook(lambda _, inputs, y: pairs.append((inputs[0], y)))
         for row in self.encoder.probe().rows():
             model.hidden(_Document(row))

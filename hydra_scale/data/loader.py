@@ -48,21 +48,24 @@ class Batch:
     first_token: int = 0
     """Of a stretch of a batch: where it begins. `cu_seqlens` and the counts of pieces stay those of the whole."""
 
-    def on(self, topology: Topology) -> "Batch":
+    def on(self, topology: Topology, at_least: int = 0) -> "Batch":
         """What a rank holds of it, on its device: all, or its stretch under context parallelism.
 
-        Under sequence parallelism tokens are divided evenly: then a piece of nothing may follow the last.
+        Under sequence parallelism and in pipelines tokens are divided evenly, and there are `at_least` so many of them
+        to divide: then a piece of nothing may follow the last.
         """
         context, tensor = topology.context, topology.tensor
-        size = 1 if context is None else context.size
-        whole = self.padded(size * tensor.size) if tensor.sequence else self
+        parts = (1 if context is None else context.size) * (tensor.size if tensor.sequence else 1)
+        divides_evenly = tensor.sequence or topology.stage.size > 1
+        longest = max(at_least, self.input_ids.numel())
+        whole = self.padded(-(-longest // parts) * parts) if divides_evenly else self
         here = whole if context is None else whole.stretch(*context.stretch(whole.input_ids.numel()))
         return here.to(topology.accelerator.device)
 
-    def padded(self, multiple: int) -> "Batch":
-        """With one piece more, of token 0 and nothing to predict, to a multiple of tokens."""
+    def padded(self, length: int) -> "Batch":
+        """With one piece more, of token 0 and nothing to predict, up to `length` tokens."""
         num_tokens = self.input_ids.numel()
-        missing = -num_tokens % multiple
+        missing = length - num_tokens
         if missing == 0:
             return self
         tokens = {name: getattr(self, name) for name in ("input_ids", "position_ids", "token_keys")}
@@ -88,6 +91,12 @@ class Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         del moved["cu_seqlens"]
         return replace(self, **moved)
+
+
+def on_rank(batches: list[Batch], topology: Topology) -> list[Batch]:
+    """What a rank holds of each. Stages of a pipeline know the length of what they receive: all are as the longest."""
+    longest = max(batch.input_ids.numel() for batch in batches) if topology.stage.size > 1 else 0
+    return [batch.on(topology, at_least=longest) for batch in batches]
 
 
 class Unigram(NamedTuple):

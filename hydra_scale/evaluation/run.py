@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from hydra_scale.config import Config, ParallelConfig
-from hydra_scale.data.loader import EvaluationData
+from hydra_scale.data.loader import Batch, EvaluationData
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 from hydra_scale.evaluation.masked_lm import evaluate
-from hydra_scale.model.masked_lm import MaskedLanguageModel
+from hydra_scale.model.masked_lm import LossSums, MaskedLanguageModel
 from hydra_scale.monitor.metrics import MaskedLmScore
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import joined
@@ -27,7 +27,13 @@ def evaluate_run(run_dir: Path, data: Path, sequences: int | None = None) -> Mas
         weights = run.newest_parameters()
         model = MaskedLanguageModel(config.model, weights["head.bias"].numel())
         model.load_state_dict(weights)
-        return evaluate(model.to(topology.accelerator.device), held_out, config, topology)
+        model.to(topology.accelerator.device).eval()
+
+        def score(batches: list[Batch]) -> list[LossSums]:
+            with topology.accelerator.autocast(config.training.precision):
+                return [model(batch) for batch in batches]
+
+        return evaluate(score, held_out, config, topology)
 
 
 def _with_evaluation(config: Config, data: Path, sequences: int | None) -> Config:

@@ -11,7 +11,7 @@ from hydra_scale.errors import ConfigError
 from hydra_scale.model.captured import why_not_captured
 from hydra_scale.model.initialise import initialise
 from hydra_scale.model.masked_lm import MaskedLanguageModel
-from hydra_scale.topology import ALONE, Context, TensorRanks
+from hydra_scale.topology import ALONE, WHOLE, Context, Stage, TensorRanks
 
 log = logging.getLogger(__name__)
 _TOKENS_SCORED_AT_ONCE = 32768
@@ -42,6 +42,7 @@ def build_model(
     device: torch.device,
     context: Context | None = None,
     tensor: TensorRanks = ALONE,
+    stage: Stage = WHOLE,
 ) -> MaskedLanguageModel:
     """This rank's part of the model of a run with its initial weights, in fp32, on its device.
 
@@ -62,6 +63,7 @@ def build_model(
         tensor,
         config.training.recompute,
         score_blocks=-(-tokens // _TOKENS_SCORED_AT_ONCE),
+        stage=stage,
     )
     initialise(model, config.model, config.training.seed)
     model = model.to(device)

@@ -6,6 +6,7 @@ from torch import nn
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.dropout import keyed_dropout
 from hydra_scale.model.norm import LayerNorm
+from hydra_scale.parallel.placement import note_copy
 from hydra_scale.parallel.tensor import WordEmbedding, own_tokens, seen_by_all
 from hydra_scale.topology import ALONE, TensorRanks
 
@@ -34,3 +35,12 @@ class Embedding(nn.Module):
         x_TD = self.norm(x_TD)
         token_keys_T = own_tokens(token_keys_T, self._tensor)
         return keyed_dropout(x_TD, token_keys_T, self._dropout, self._dropout_key) if self.training else x_TD
+
+
+class WordsOfLastStage(nn.Module):
+    """The word embedding that the head multiplies with, where a pipeline embeds the tokens on another rank."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, tensor: TensorRanks = ALONE) -> None:
+        super().__init__()
+        self.word = WordEmbedding(vocab_size, config.d_model, tensor)
+        note_copy(self.word.weight)

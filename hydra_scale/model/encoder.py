@@ -10,7 +10,7 @@ from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
 from hydra_scale.model.recompute import KEEP_ALL, run_layers
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.topology import ALONE, TensorRanks
+from hydra_scale.topology import ALONE, WHOLE, Stage, TensorRanks
 
 MIXERS = {"H": HydraLayerMixer, "A": Attention, "M": Mlp}
 """Letter of the layer pattern to what the layer computes; each called as mixer(x_TD, stretch)."""
@@ -33,16 +33,28 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """`num_layers` layers whose kinds repeat `layer_pattern`; a final norm if the layers are pre-norm."""
+    """The layers of a stage, of `num_layers` whose kinds repeat `layer_pattern`; a final norm if they are pre-norm."""
 
-    def __init__(self, config: ModelConfig, tensor: TensorRanks = ALONE, recompute: RecomputeConfig = KEEP_ALL) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensor: TensorRanks = ALONE,
+        recompute: RecomputeConfig = KEEP_ALL,
+        stage: Stage = WHOLE,
+    ) -> None:
         super().__init__()
-        self._recompute = recompute
-        self.layers = nn.ModuleList(Layer(config, kind, tensor) for kind in config.layer_kinds)
-        pre_norm = config.norm_position == "pre"
-        self.final_norm = make_norm(config, config.embedding_norm_eps, tensor) if pre_norm else None
+        self._recompute, self._chunks = recompute, stage.chunks(config.num_layers)
+        # By the number in the whole encoder, so that names are those of checkpoints.
+        self.layers = nn.ModuleDict(
+            {str(index): Layer(config, config.layer_kinds[index], tensor) for chunk in self._chunks for index in chunk}
+        )
+        normalises = config.norm_position == "pre" and stage.is_last
+        self.final_norm = make_norm(config, config.embedding_norm_eps, tensor) if normalises else None
 
-    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
-        """(T, D) -> (T, D), documents laid end to end."""
-        x_TD = run_layers(list(enumerate(self.layers)), x_TD, stretch, self._recompute)
-        return x_TD if self.final_norm is None else self.final_norm(x_TD)
+    def forward(self, x_TD: torch.Tensor, stretch: Stretch, chunk: int = 0) -> torch.Tensor:
+        """(T, D) -> (T, D) through a chunk of the layers here, documents laid end to end."""
+        layers = [(index, self.layers[str(index)]) for index in self._chunks[chunk]]
+        x_TD = run_layers(layers, x_TD, stretch, self._recompute)
+        if self.final_norm is None or chunk < len(self._chunks) - 1:
+            return x_TD
+        return self.final_norm(x_TD)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.errors import ConfigError
 from hydra_scale.model.captured import CapturedLayers
-from hydra_scale.model.embedding import Embedding
+from hydra_scale.model.embedding import Embedding, WordsOfLastStage
 from hydra_scale.model.encoder import Encoder
 from hydra_scale.model.norm import LayerNorm
 from hydra_scale.model.recompute import KEEP_ALL
@@ -22,7 +22,7 @@ from hydra_scale.parallel.tensor import (
     vocabulary_logits,
     with_all_tokens_alike,
 )
-from hydra_scale.topology import ALONE, Context, TensorRanks
+from hydra_scale.topology import ALONE, WHOLE, Context, Stage, TensorRanks
 
 
 class MaskedTokens(Protocol):
@@ -70,7 +70,10 @@ class MaskedLanguageModelHead(nn.Module):
 
 
 class MaskedLanguageModel(nn.Module):
-    """Hydra encoder with a masked language model head; parameter names are the logical names of checkpoints."""
+    """Hydra encoder with a masked language model head; parameter names are the logical names of checkpoints.
+
+    A pipeline stage has some of the layers, the first also the embedding, the last the head.
+    """
 
     def __init__(
         self,
@@ -81,6 +84,7 @@ class MaskedLanguageModel(nn.Module):
         tensor: TensorRanks = ALONE,
         recompute: RecomputeConfig = KEEP_ALL,
         score_blocks: int = 1,
+        stage: Stage = WHOLE,
     ) -> None:
         """context: the ranks among which each micro batch is divided; absent: it lies here whole.
 
@@ -89,19 +93,46 @@ class MaskedLanguageModel(nn.Module):
         """
         super().__init__()
         self._score_blocks = score_blocks
-        self._context, self._halo, self._tensor = context, config.mixer.d_conv // 2, tensor
-        self.embedding = Embedding(config, vocab_size, dropout_key, tensor)
-        self.encoder = Encoder(config, tensor, recompute)
-        self.head = MaskedLanguageModelHead(config, vocab_size, tensor)
         self._captured: CapturedLayers | None = None
+        self._context, self._halo, self._tensor, self._stage = context, config.mixer.d_conv // 2, tensor, stage
+        if stage.is_first:
+            self.embedding: Embedding | WordsOfLastStage = Embedding(config, vocab_size, dropout_key, tensor)
+        elif stage.is_last:
+            self.embedding = WordsOfLastStage(config, vocab_size, tensor)
+        self.encoder = Encoder(config, tensor, recompute, stage)
+        if stage.is_last:
+            self.head = MaskedLanguageModelHead(config, vocab_size, tensor)
 
     def capture(self) -> None:
         """Run the layers as CUDA graphs from now on, wherever gradients are wanted."""
         self._captured = CapturedLayers(self.encoder)
 
+    def forward(self, batch: MaskedTokens) -> LossSums:
+        """Summed loss and number of right predictions at the masked positions."""
+        return self._sums(batch, self.hidden(batch))
+
     def hidden(self, batch: MaskedTokens) -> torch.Tensor:
         """Final vectors (T, D) of all tokens."""
-        x_TD = self.embedding(batch.input_ids, batch.position_ids, batch.token_keys)
+        return with_all_tokens_alike(self._through(batch, None, 0), self._tensor)
+
+    def logits(self, batch: MaskedTokens) -> torch.Tensor:
+        """Scores (M, V) of the tokens, this rank's part of them, at the masked positions."""
+        return self._logits(batch, self.hidden(batch))
+
+    def run_chunk(self, batch: MaskedTokens, entering_TD: torch.Tensor | None, chunk: int) -> torch.Tensor | LossSums:
+        """What a chunk of this pipeline stage makes of what the one before it made; the first enters with nothing.
+
+        Vectors (T, D), under sequence parallelism of this rank's tokens; the last chunk of all gives the sums.
+        """
+        x_TD = self._through(batch, entering_TD, chunk)
+        if not self._stage.is_last or chunk < self._stage.interleave - 1:
+            return x_TD
+        return self._sums(batch, with_all_tokens_alike(x_TD, self._tensor))
+
+    def _through(self, batch: MaskedTokens, entering_TD: torch.Tensor | None, chunk: int) -> torch.Tensor:
+        x_TD = entering_TD
+        if x_TD is None:
+            x_TD = self.embedding(batch.input_ids, batch.position_ids, batch.token_keys)
         first, borders = batch.first_token, tuple(batch.cu_seqlens.tolist())
         needed = max(1, self._halo)
         if self._context is not None and borders[-1] // self._context.size < needed:
@@ -110,19 +141,16 @@ class MaskedLanguageModel(nn.Module):
                 f" than the {needed} that its neighbour reads; raise training.micro_batch_size or data.seqlen"
             )
         stretch = Stretch(borders, first, first + len(batch.input_ids), x_TD.device, self._context, self._halo)
-        encode = self._captured if self._captured and torch.is_grad_enabled() else self.encoder
-        return with_all_tokens_alike(encode(x_TD, stretch), self._tensor)
+        if self._captured is not None and torch.is_grad_enabled():
+            return self._captured(x_TD, stretch)
+        return self.encoder(x_TD, stretch, chunk)
 
-    def logits(self, batch: MaskedTokens) -> torch.Tensor:
-        """Scores (M, V) of the tokens, this rank's part of them, at the masked positions."""
-        return self.head(self.hidden(batch).index_select(0, batch.masked_positions), self.embedding.word.weight)
+    def _logits(self, batch: MaskedTokens, x_TD: torch.Tensor) -> torch.Tensor:
+        return self.head(x_TD.index_select(0, batch.masked_positions), self.embedding.word.weight)
 
-    def forward(self, batch: MaskedTokens) -> LossSums:
-        """Summed loss and number of right predictions at the masked positions.
-
-        Scored in more than one block, the scores of a block live only while it is worked on, in either pass.
-        """
-        vectors_MD = self.hidden(batch).index_select(0, batch.masked_positions)
+    def _sums(self, batch: MaskedTokens, x_TD: torch.Tensor) -> LossSums:
+        """Scored in more than one block, the scores of a block live only while it is worked on, in either pass."""
+        vectors_MD = x_TD.index_select(0, batch.masked_positions)
         if self._score_blocks == 1:
             return self._score(vectors_MD, batch.targets)
         blocks = (tensor.tensor_split(self._score_blocks) for tensor in (vectors_MD, batch.targets))

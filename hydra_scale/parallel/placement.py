@@ -1,7 +1,7 @@
 """Which part of a global tensor a rank holds, where tensor parallelism divides it: parameters that know their place."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
@@ -18,7 +18,7 @@ class Placement:
     name: str | None = None
     """Last name of the global tensor, where the parameter's own is another."""
     is_copy: bool = False
-    """Another rank of the tensor parallel group holds the same."""
+    """Another tensor parallel rank or pipeline stage holds the same."""
 
     @classmethod
     def whole(cls, shape: tuple[int, ...]) -> "Placement":
@@ -43,6 +43,12 @@ def place(parameter: nn.Parameter, placement: Placement) -> None:
     """Note where a parameter belongs; `tensor_model_parallel` tells DeepSpeed's norm to count every rank's part."""
     parameter.placement = placement  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = not placement.is_copy and prod(parameter.shape) != prod(placement.shape)  # type: ignore[attr-defined]
+
+
+def note_copy(parameter: nn.Parameter) -> None:
+    """Note that another pipeline stage holds the same; `ds_pipe_replicated` tells DeepSpeed's norm to count it once."""
+    parameter.placement = replace(placement_of(parameter), is_copy=True)  # type: ignore[attr-defined]
+    parameter.ds_pipe_replicated = True  # type: ignore[attr-defined]
 
 
 def placement_of(parameter: nn.Parameter) -> Placement:

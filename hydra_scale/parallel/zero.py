@@ -17,6 +17,7 @@ from torch import nn
 from hydra_scale.accelerator import import_deepspeed
 from hydra_scale.config import Config
 from hydra_scale.errors import CheckpointError
+from hydra_scale.parallel.pipeline import Pipeline
 from hydra_scale.parallel.placement import Placement, global_name, placement_of
 from hydra_scale.topology import Topology
 
@@ -62,8 +63,10 @@ class ZeroOptimizer:
             mpu=_DataParallelUnit(topology),
         )
         self._zero = self._engine.optimizer
+        self._device = topology.accelerator.device
         self._autocast = partial(topology.accelerator.autocast, config.training.precision)
         self._is_stage_3 = config.zero.stage == 3
+        self._pipeline = Pipeline(model, config, topology) if topology.stage.size > 1 else None
         self._seed_state(0)
 
     @property
@@ -71,11 +74,33 @@ class ZeroOptimizer:
         """The model as called through the engine: under autocast for bf16, split parameters gathered under ZeRO 3."""
         return self._engine
 
-    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add the gradients of `loss`; the `last` micro batch of a step completes their mean over the data ranks."""
-        self._engine.set_gradient_accumulation_boundary(last)
-        with self._autocast():  # megatron's linear layers remember that of the forward pass on CUDA only
-            self._engine.backward(loss)
+    def accumulate(self, batches: list[Any], scale: float) -> torch.Tensor:
+        """Forward and backward of the micro batches of a step; gradients of their loss times `scale` are averaged over
+        the data ranks. Returns summed loss and right predictions, float64 (2,), zero before a pipeline's last stage."""
+        if self._pipeline is not None:
+            with self._engine.no_sync(), self._autocast():
+                scores = self._pipeline.train(batches, scale)
+            self._pipeline.sum_tied_gradients()
+            self._engine.set_gradient_accumulation_boundary(True)
+            self._engine.allreduce_gradients()
+            return torch.stack([torch.stack(score).double() for score in scores]).sum(0)
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        for index, batch in enumerate(batches):
+            loss, num_correct = self._engine(batch)
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            with self._autocast():  # megatron's linear layers remember that of the forward pass on CUDA only
+                self._engine.backward(loss * scale)
+            sums += torch.stack((loss.detach().double(), num_correct.double()))
+        return sums
+
+    @torch.no_grad()
+    def score(self, batches: list[Any]) -> list[Any]:
+        """The model's sums for each micro batch, without dropout; zero before a pipeline's last stage."""
+        self._engine.eval()
+        with self._autocast():
+            scores = [self._engine(b) for b in batches] if self._pipeline is None else self._pipeline.score(batches)
+        self._engine.train()
+        return scores
 
     def step(self, lr: float) -> float:
         """Clip, update with learning rate `lr`, forget the gradients; returns the norm before clipping."""

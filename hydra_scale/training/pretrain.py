@@ -10,7 +10,7 @@ from hydra_scale.evaluation.masked_lm import evaluate
 from hydra_scale.model.build import build_model, parameter_groups, vocab_size_for
 from hydra_scale.monitor.console import logged_to
 from hydra_scale.monitor.monitor import Monitor
-from hydra_scale.parallel.placement import global_name
+from hydra_scale.parallel.pipeline import names_of_all_stages
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
@@ -66,10 +66,12 @@ def _loop(
     held_out: EvaluationData,
     vocab_size: int,
 ) -> StopReason:
-    model = build_model(config, vocab_size, topology.accelerator.device, topology.context, topology.tensor)
+    model = build_model(
+        config, vocab_size, topology.accelerator.device, topology.context, topology.tensor, topology.stage
+    )
     if config.checkpoint.init_from is not None and not on_main_rank(run.checkpoints.steps):
         log.info("weights of %s", start_from(model, Path(config.checkpoint.init_from)))
-    names = {global_name(name, parameter) for name, parameter in model.named_parameters()}
+    names = names_of_all_stages(model, topology)
     optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
     first_step, tokens = checkpointing.restore(names)
@@ -98,7 +100,7 @@ def _loop(
             monitor.step(step, tokens, lr, result)
             stop = edge.stop_reason()
             if step % config.evaluation.every == 0 or step == num_steps:
-                monitor.evaluation(step, evaluate(optimizer.module, held_out, config, topology))
+                monitor.evaluation(step, evaluate(optimizer.score, held_out, config, topology))
             published = checkpointing.poll()
             last = step == num_steps or bool(stop)
             if step % config.checkpoint.every == 0 or last:

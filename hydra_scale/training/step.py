@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 from hydra_scale.config import Config
-from hydra_scale.data.loader import Batch
+from hydra_scale.data.loader import Batch, on_rank
 from hydra_scale.errors import NumericsFault
 from hydra_scale.monitor.metrics import StepResult
 from hydra_scale.parallel.zero import ZeroOptimizer
@@ -23,16 +23,12 @@ def train_step(
         NumericsFault: the loss or the gradient norm is not finite; the weights of this step must not be kept.
     """
     num_tokens = sum(batch.input_ids.numel() for batch in batches)
-    batches = [batch.on(topology) for batch in batches]
+    batches = on_rank(batches, topology)
     num_masked = int(sum_over_ranks([batch.targets.numel() for batch in batches], topology))
     scale = topology.data_size / max(1, num_masked)
-    sums = torch.zeros(2, dtype=torch.float64, device=topology.accelerator.device)
-    for index, batch in enumerate(batches):
-        loss, num_correct = optimizer.module(batch)
-        optimizer.backward(loss * scale, last=index == len(batches) - 1)
-        sums += torch.stack((loss.detach().double(), num_correct.double()))
+    sums = optimizer.accumulate(batches, scale)
     grad_norm = optimizer.step(lr)
-    dist.all_reduce(sums, group=topology.data_group)
+    topology.sum_over_batch(sums)
     loss_sum, num_right = sums.tolist()
     if not (abs(loss_sum) < float("inf") and grad_norm < float("inf")):
         raise NumericsFault(

@@ -12,6 +12,7 @@ SETTINGS = {
     "packed": ["model.dropout=0.1", "optimizer.clip_norm=0.5"],
     "initial-states": ["model.mixer.learnable_init_states=true", "model.mixer.ngroups=2", "model.mixer.d_conv=5"],
     "one-document-a-sequence": ["data.packing=false", "model.norm_position=pre", "model.norm=rmsnorm"],
+    "deep": ["model.num_layers=5", "model.norm_position=pre", "model.dropout=0.1"],
     "hybrid": ["model.layer_pattern=HAM", "model.num_layers=3", "model.attention.num_heads=4",
                "model.position_embedding=learned", "data.masking.whole_word=true", "data.masking.kind=mask"],
 }  # fmt: skip
@@ -78,6 +79,19 @@ LAYOUTS = [
     ("hybrid", 2, 4, "parallel.tensor=2 parallel.sequence=true zero.stage=2"),
     ("one-document-a-sequence", 4, 4, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
     ("hybrid", 4, 4, "parallel.tensor=2 parallel.sequence=true parallel.context=2"),
+    ("deep", 2, 2, "parallel.pipeline=2"),
+    ("deep", 4, 2, "parallel.pipeline=4"),
+    ("deep", 4, 1, "parallel.pipeline=2"),
+    ("deep", 2, 2, "parallel.pipeline=2 parallel.interleave=2"),
+    ("deep", 4, 1, "parallel.pipeline=2 parallel.interleave=2 training.recompute.kind=full"),
+    ("deep", 4, 4, "parallel.pipeline=2 parallel.tensor=2"),
+    ("deep", 4, 2, "parallel.pipeline=2 parallel.tensor=2 parallel.sequence=true parallel.interleave=2"),
+    ("deep", 4, 2, "parallel.pipeline=2 parallel.context=2"),
+    ("deep", 4, 2, "parallel.pipeline=2 parallel.context=2 parallel.interleave=2 parallel.exchange=neighbour"),
+    ("deep", 8, 2, "parallel.pipeline=2 parallel.tensor=2 parallel.context=2"),
+    ("one-document-a-sequence", 2, 2, "parallel.pipeline=2"),
+    ("hybrid", 2, 2, "parallel.pipeline=2"),
+    ("deep", 2, 2, "parallel.pipeline=2 zero.offload=true"),
 ]
 
 
@@ -102,7 +116,8 @@ def test_equal_to_one_process(
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "layout"), [(1, "zero.stage=1"), (2, "zero.stage=1"), (4, "parallel.tensor=2 parallel.context=2")]
+    ("num_ranks", "layout"),
+    [(1, "zero.stage=1"), (2, "zero.stage=1"), (4, "parallel.tensor=2 parallel.context=2"), (2, "parallel.pipeline=2")],
 )
 def test_bf16_follows_fp32(corpus: Path, alone: dict[str, Path], tmp_path: Path, num_ranks: int, layout: str) -> None:
     run = tmp_path / "run"
@@ -129,22 +144,24 @@ def test_products_and_sums_are_in_the_precision_asked_for(precision: str, stage:
 
 
 def test_continues_under_another_layout(corpus: Path, tmp_path: Path) -> None:
-    settings = [f"data.train={corpus}", *STEPS, "model.dropout=0.1", "training.micro_batch_size=2"]
+    settings = [f"data.train={corpus}", *STEPS, *SETTINGS["deep"], "training.micro_batch_size=2"]
     settings.append("schedule.kind=constant")  # so that the first runs, which end early, have the rates of the long one
     run = tmp_path / "run"
     layouts = [
         (4, "parallel.context=4 parallel.exchange=neighbour", 3),
         (4, "parallel.tensor=4", 4),
         (2, "zero.stage=3", 5),
-        (4, "parallel.context=2 parallel.tensor=2 zero.stage=2", 6),
-        (2, "zero.offload=true zero.stage=2", 7),
-        (4, "parallel.tensor=2 zero.stage=3", 8),
-        (2, "zero.offload=true zero.stage=3", 9),
-        (1, "zero.stage=1", 10),
+        (4, "parallel.pipeline=2 parallel.tensor=2", 6),
+        (4, "parallel.context=2 parallel.tensor=2 zero.stage=2", 7),
+        (2, "zero.offload=true zero.stage=2", 8),
+        (4, "parallel.pipeline=2 parallel.interleave=2", 9),
+        (4, "parallel.tensor=2 zero.stage=3", 10),
+        (2, "zero.offload=true zero.stage=3", 11),
+        (1, "zero.stage=1", 12),
     ]
     for num_ranks, layout, steps in layouts:
         run_ranks(num_ranks, train, run, [*settings, *layout.split(), f"training.steps={steps}"])
-    run_ranks(1, train, tmp_path / "one", settings)
+    run_ranks(1, train, tmp_path / "one", [*settings, "training.steps=12"])
     assert ledger(run) == ledger(tmp_path / "one")
     for key in ("loss", "grad_norm"):
         assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5), key

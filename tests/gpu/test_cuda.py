@@ -66,6 +66,7 @@ def test_gpu_and_cpu_agree(corpus: Path, one_gpu: Path, tmp_path: Path) -> None:
         "parallel.tensor=2", "parallel.tensor=2 parallel.sequence=true", "parallel.tensor=2 zero.stage=3",
         "parallel.context=2", "parallel.context=2 parallel.exchange=neighbour",
         "parallel.context=2 parallel.exchange=heads",
+        "parallel.pipeline=2",
         "parallel.context=2 zero.stage=3 training.recompute.kind=full training.recompute.together=2",
     ],
 )  # fmt: skip

@@ -31,7 +31,18 @@ def pretrain(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 
 def test_help_names_every_command_and_option() -> None:
     overview = run("--help").stdout
-    for command in ("prepare", "verify", "pretrain", "evaluate", "convert", "fill-mask", "doctor", "bench", "launch"):
+    for command in (
+        "prepare",
+        "verify",
+        "pretrain",
+        "plan",
+        "evaluate",
+        "convert",
+        "fill-mask",
+        "doctor",
+        "bench",
+        "launch",
+    ):
         assert command in overview
         help_text = run(command, "--help")
         assert help_text.returncode == 0 and "Usage" in help_text.stdout

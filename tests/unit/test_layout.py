@@ -40,7 +40,27 @@ from hydra_scale.topology import check_layout
             "parallel.context=3 parallel.exchange=heads", 3,
             "parallel.context 3 does not divide the 8 heads in 1 groups of a rank; nearest: 2 or 4",
         ),
-        ("parallel.pipeline=2", 2, "parallel.pipeline is 2: this release computes with degree 1 only"),
+        (
+            "parallel.pipeline=3", 3,
+            "parallel.pipeline is 3 with parallel.interleave 1: 3 chunks of the 2 layers of model.num_layers;"
+            " nearest: 1 or 2",
+        ),
+        (
+            "parallel.pipeline=2 parallel.interleave=3 model.num_layers=5", 2,
+            "parallel.pipeline is 2 with parallel.interleave 3: 6 chunks of the 5 layers of model.num_layers;"
+            " nearest: 1",
+        ),
+        (
+            "parallel.pipeline=2 parallel.tensor=2 parallel.context=2", 12,
+            "parallel.pipeline is 2: does not divide the 12 processes / tensor 2 / context 2 = 3; nearest: 1 or 3",
+        ),
+        ("parallel.interleave=2", 2, "parallel.interleave is 2 with parallel.pipeline 1: it divides the layers of"),
+        ("parallel.pipeline=2 zero.stage=2", 2, "zero.stage is 2 with parallel.pipeline 2: 2 and 3 divide"),
+        (
+            "parallel.pipeline=2 parallel.interleave=2 model.num_layers=4 training.global_batch_size=20", 2,
+            "parallel.interleave is 2: the 5 micro batches of a rank are not divisible by parallel.pipeline 2; nearest"
+            " training.global_batch_size: 16 or 24",
+        ),
         (
             "training.global_batch_size=6 parallel.context=2", 4,
             "batch_size is 6: not divisible by micro_batch_size 4 x 2 data parallel ranks = 8; nearest: 8",
@@ -55,6 +75,7 @@ def test_refused(overrides: str, num_ranks: int, message: str) -> None:
 
 @pytest.mark.parametrize(("overrides", "num_ranks"), [
     ("parallel.tensor=4", 4), ("parallel.tensor=2 parallel.context=2", 8), ("parallel.context=8", 8),
+    ("parallel.pipeline=2", 4), ("parallel.pipeline=2 parallel.interleave=2 model.num_layers=5", 2),
     ("parallel.tensor=4 model.mixer.ngroups=2", 4), ("parallel.tensor=2 model.mixer.ngroups=4", 2),
 ])  # fmt: skip
 def test_taken(overrides: str, num_ranks: int) -> None:
