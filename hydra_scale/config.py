@@ -260,8 +260,8 @@ class TrainingConfig(Section):
     """bf16: products in bfloat16 under autocast; parameters, gradients, states and moments stay fp32."""
     recompute: RecomputeConfig = RecomputeConfig()
     cuda_graphs: bool = True
-    """On a GPU start the layers as two CUDA graphs a micro batch, where it can be: packed, Hydra and MLP layers,
-    ZeRO 1 or 2, no pipeline. The log says whether they are, and if not, why. The numbers are the same."""
+    """On a GPU start the layers as two CUDA graphs a micro batch, where it can be: packed, Hydra and MLP layers, ZeRO 1
+    or 2, no ranks that share a micro batch. The log says whether they are, and if not, why. The numbers are the same."""
 
 
 class EvaluationConfig(Section):

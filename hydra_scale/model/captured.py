@@ -29,8 +29,7 @@ def why_not_captured(config: Config, device: torch.device) -> str | None:
         "attention layers look at the documents' lengths": "A" in config.model.layer_kinds,
         "learnable initial states make tensors as long as there are documents": mixer.learnable_init_states,
         f"mixer.backend {mixer.backend} waits for the device": mixer.backend not in ("auto", "triton"),
-        "parallel.exchange heads cuts by the documents' lengths": parallel.context > 1 and parallel.exchange == "heads",
-        "context ranks beside tensor ranks look at where documents end": parallel.context > 1 and parallel.tensor > 1,
+        "ranks that share a micro batch speak to each other inside the layers": parallel.tensor * parallel.context > 1,
         "pipelines have several micro batches in flight": parallel.pipeline > 1,
         "ZeRO 3 moves the weights": config.zero.stage == 3,
     }
