@@ -1,5 +1,6 @@
 """However many processes and whichever ZeRO stage: the same losses, gradient norms, evaluations and document order."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,24 @@ def test_continues_under_another_layout(corpus: Path, tmp_path: Path) -> None:
     assert ledger(run) == ledger(tmp_path / "one")
     for key in ("loss", "grad_norm"):
         assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5), key
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "layout"),
+    [(4, "parallel.context=2 parallel.tensor=2 zero.stage=2"), (2, "zero.stage=3"), (2, "parallel.pipeline=2")],
+)
+def test_saved_while_training_went_on(corpus: Path, tmp_path: Path, num_ranks: int, layout: str) -> None:
+    """Steps 1 and 2 are saved in the background; without that of step 3, which was waited for, a run goes on from 2."""
+    settings = [f"data.train={corpus}", *STEPS, *SETTINGS["packed"], "training.micro_batch_size=2"]
+    settings += ["checkpoint.every=1", "training.steps=3"]
+    run = tmp_path / "run"
+    run_ranks(num_ranks, train, run, [*settings, *layout.split()])
+    before = rows(run, "loss")
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    assert (run / "checkpoints" / "step-00000002").is_dir()
+    (run / "done").unlink()
+    run_ranks(1, train, run, settings)
+    assert rows(run, "loss") == pytest.approx(before, rel=1e-5)
 
 
 def a_batch_too_short(corpus: Path, run: Path) -> str:
