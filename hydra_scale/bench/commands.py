@@ -136,6 +136,28 @@ def scaling(
 
 
 @bench.command()
+def checkpoint(
+    config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some.")],
+    saves: Annotated[int, typer.Option(min=2, help="Saves that are timed; the first makes the buffers.")] = 4,
+    output: Output = Path("bench"),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
+    ] = None,
+) -> None:
+    """How long training stands still for a save, how long the save takes, and a load; fresh weights and moments."""
+    from hydra_scale.bench.checkpoint import run
+    from hydra_scale.bench.table import on_this_machine
+    from hydra_scale.config_file import load_config
+    from hydra_scale.topology import joined
+
+    settings = load_config(config, overrides or [])
+    with joined(settings.parallel) as topology:
+        origin = on_this_machine(topology.accelerator.device, topology.accelerator.name, "fp32")
+        rows = run(settings, topology, output / "checkpoints-of-bench", saves)
+        _collect(rows, output / "checkpoint.csv", origin)
+
+
+@bench.command()
 def profile(
     config: Annotated[
         Path | None, typer.Option(help="YAML configuration: one training step of it.  [a mixer of --width]")
