@@ -1,4 +1,4 @@
-"""What keeps layers from being CUDA graphs is told; tests/gpu/test_captured.py runs them."""
+"""What keeps layers from being CUDA graphs is told; tests/gpu/test_cuda_graphs.py runs them."""
 
 import pytest
 import torch
