@@ -36,6 +36,11 @@ def vocab_size_for(config: Config, tokenizer_size: int) -> int:
     return configured
 
 
+def score_blocks(num_tokens: int) -> int:
+    """Into so many blocks the head divides the masked ones of `num_tokens` tokens of a rank."""
+    return -(-num_tokens // _TOKENS_SCORED_AT_ONCE)
+
+
 def build_model(
     config: Config,
     vocab_size: int,
@@ -62,7 +67,7 @@ def build_model(
         context,
         tensor,
         config.training.recompute,
-        score_blocks=-(-tokens // _TOKENS_SCORED_AT_ONCE),
+        score_blocks=score_blocks(tokens),
         stage=stage,
     )
     initialise(model, config.model, config.training.seed)

@@ -6,6 +6,7 @@ for 65,536 tokens at d_model 1024 in bf16), the rest of the activations are the 
 
 from dataclasses import dataclass
 
+from hydra_scale.model.build import score_blocks
 from hydra_scale.plan.layout import Layout
 from hydra_scale.plan.parameters import rank_parameters
 from hydra_scale.topology import Stage
@@ -15,9 +16,6 @@ MIXER_KEEPS = 1.26e9 / 65536 / 1024
 """Bytes a token and channel of d_model, bf16, expand 2, on the kernels of one GPU."""
 ATTENTION_KEEPS = 0.68e9 / 65536 / 1024
 """The same of an attention layer."""
-UNFUSED_NORM_TENSORS = 6
-"""fp32 tensors of the inner width that the gated norm keeps where tensor or context ranks share a mixer: y twice, z,
-the scaled y, that times the weight, and the gate."""
 HEAD_BYTES = 12
 """A score: log-probability and its gradient in fp32, the score and its gradient in bf16."""
 BUCKET_ELEMENTS = 500_000_000
@@ -86,16 +84,22 @@ def stage_memory(layout: Layout, stage: Stage) -> Memory:
 
 def _activations(layout: Layout, stage: Stage) -> float:
     config = layout.config
-    kept, again = 0.0, 0.0
+    kept, again, together = 0.0, 0.0, config.training.recompute.together
     for (kind, recomputes), number in layout.layers_of(stage).items():
         whole = layer_keeps(layout, kind)
-        kept += number * (_recomputed_keeps(layout, kind) if recomputes else whole)
-        again = max(again, whole if recomputes else 0.0)  # of one layer at a time
+        if not recomputes:
+            kept += number * whole
+            continue
+        of_each = _recomputed_keeps(layout, kind)
+        beside = (together - 1) * of_each  # what layers that share an input keep while they are worked on
+        kept += number * of_each if together == 1 else -(-number // together) * _entering_bytes(layout)
+        again = max(again, whole + beside)  # of one layer at a time
     if stage.is_first:
         kept += 3 * FP32 * config.model.d_model * layout.residual_tokens  # sum, norm and dropout of the embedding
     total = kept * _on_their_way(layout, stage) + again
     if stage.is_last:
-        total += HEAD_BYTES * layout.masked_tokens * layout.vocab_size / layout.tensor
+        blocks = score_blocks(layout.tokens)
+        total += HEAD_BYTES * layout.masked_tokens / blocks * layout.vocab_size / layout.tensor
     return total
 
 
@@ -122,15 +126,18 @@ def layer_keeps(layout: Layout, kind: str) -> float:
         gathered = 2 * element * width * layout.micro_batch_tokens / tensor if layout.context > 1 else 0.0
         return norm + divided + gathered + ATTENTION_KEEPS * element / 2 * width * tokens / tensor
     mixer = MIXER_KEEPS * element / 2 * model.mixer.expand / 2 * width * tokens / tensor
-    if tensor > 1 or layout.context > 1:
-        mixer += UNFUSED_NORM_TENSORS * FP32 * model.mixer.expand * width * tokens / tensor
     return norm + divided + mixer
+
+
+def _entering_bytes(layout: Layout) -> float:
+    """The residual stream in front of a layer."""
+    return float(FP32 * layout.config.model.d_model * layout.residual_tokens)
 
 
 def _recomputed_keeps(layout: Layout, kind: str) -> float:
     """The layer's input and, under selective, the results of its matrix products."""
     model, tensor = layout.config.model, layout.tensor
-    entering = float(FP32 * model.d_model * layout.residual_tokens)
+    entering = _entering_bytes(layout)
     if layout.config.training.recompute.kind == "full":
         return entering
     width, mixer = model.d_model, model.mixer

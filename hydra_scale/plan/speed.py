@@ -80,9 +80,10 @@ def _micro_batch_seconds(layout: Layout, stage: Stage) -> float:
     seconds = 0.0
     for (kind, recomputes), number in layout.layers_of(stage).items():
         both, forward = layer_seconds(config.model, kind, config.data.seqlen)
-        mixer = (both + forward if recomputes else both) / layout.tensor * layout.tokens
+        again = recomputes + (recomputes and config.training.recompute.together > 1)  # forward passes more
+        mixer = (both + again * forward) / layout.tensor * layout.tokens
         beside = BESIDE_MIXERS.at(config.model.d_model) * (layout.tokens + layout.residual_tokens) / 2
-        seconds += number * max((mixer + beside) * slower, HOST_SECONDS * (4 / 3 if recomputes else 1))
+        seconds += number * max((mixer + beside) * slower, HOST_SECONDS * (3 + again) / 3)
     if stage.is_last:
         operations = 6 * layout.masked_tokens * config.model.d_model * (layout.vocab_size + config.model.d_model)
         seconds += operations / layout.tensor / PRODUCTS * slower
