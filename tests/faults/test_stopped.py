@@ -118,9 +118,16 @@ def test_a_later_start_fences_off_the_earlier(corpus: Path, undisturbed: dict[in
     assert_same_run(run, undisturbed[2])
 
 
-def test_a_checkpoint_begun_before_the_take_over_is_not_published(corpus: Path, tmp_path: Path) -> None:
-    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
-    with pytest.raises(AssertionError, match=r"step-00000004: not published: .*: taken over by process"):
+@pytest.mark.parametrize(
+    ("asynchronous", "told"),
+    [("false", r"step-00000004: not published: .*: taken over by process"), ("true", "taken over by process")],
+)
+def test_a_checkpoint_begun_before_the_take_over_is_not_published(
+    corpus: Path, tmp_path: Path, asynchronous: str, told: str
+) -> None:
+    """Behind the back of training either the save or the edge of a step may notice it first."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, f"checkpoint.asynchronous={asynchronous}"]
+    with pytest.raises(AssertionError, match=told):
         run_ranks(2, act_in_save, run, settings, "claim")
     assert RunFolder(run).checkpoints.steps() == []
 
