@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -44,6 +45,8 @@ def run(config: Config, topology: Topology, folder: Path, num_saves: int) -> Ite
         yield [_row("load, hashes checked", loads, num_bytes)]
         dist.barrier()  # others may still read
     finally:
+        engine: Any = optimizer.module
+        engine.destroy()  # its hooks on the gradients would keep model and moments for good
         if topology.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 

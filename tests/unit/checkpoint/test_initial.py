@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import run_ranks
 from runs import TINY, rows, train, weights
 from torch import nn
 
@@ -27,7 +28,7 @@ SETTINGS = [
 @pytest.fixture(scope="module")
 def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained") / "run"
-    train(folder, [f"data.train={corpus}", *SETTINGS])
+    run_ranks(1, train, folder, [f"data.train={corpus}", *SETTINGS])
     return folder
 
 
@@ -71,7 +72,7 @@ def test_what_does_not_fit_is_named(trained: Path, tmp_path: Path) -> None:
 
 def test_a_run_starts_there_and_continues_from_its_own(trained: Path, corpus: Path, tmp_path: Path) -> None:
     settings = [f"data.train={corpus}", *SETTINGS, "evaluation.every=1", "optimizer.lr=1e-30"]
-    train(tmp_path / "run", [*settings, f"checkpoint.init_from={trained}"])
+    run_ranks(1, train, tmp_path / "run", [*settings, f"checkpoint.init_from={trained}"])
     assert rows(tmp_path / "run", "eval/loss")[0] == pytest.approx(rows(trained, "eval/loss")[-1], rel=1e-6)
-    train(tmp_path / "run", [*settings, "checkpoint.init_from=nowhere", "training.steps=3"])
+    run_ranks(1, train, tmp_path / "run", [*settings, "checkpoint.init_from=nowhere", "training.steps=3"])
     assert rows(tmp_path / "run", "eval/loss") == pytest.approx([rows(trained, "eval/loss")[-1]] * 3, rel=1e-6)
