@@ -4,7 +4,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -15,9 +14,9 @@ from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.manifest import verify_files
 from hydra_scale.checkpoint.save import Saver
 from hydra_scale.config import Config
-from hydra_scale.model.build import build_model, parameter_groups
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.topology import Topology
+from hydra_scale.training.assembly import assembled
 
 
 def run(config: Config, topology: Topology, folder: Path, num_saves: int) -> Iterator[list[Row]]:
@@ -26,27 +25,22 @@ def run(config: Config, topology: Topology, folder: Path, num_saves: int) -> Ite
     folder: holds the checkpoints meanwhile, and is deleted. GB/s are of the file written or read.
     """
     vocab_size = config.model.vocab_size or BERT_VOCAB_SIZE
-    device = topology.accelerator.device
-    model = build_model(config, vocab_size, device, topology.context, topology.tensor, topology.stage)
-    optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     stalls, saves = [], []
     try:
-        with Saver(device) as saver:
+        with assembled(config, vocab_size, topology) as (_, optimizer), Saver(topology.accelerator.device) as saver:
             for step in range(1, num_saves + 1):
                 target = folder / f"step-{step:08d}"
                 begun = time.perf_counter()
                 stalls.append(_milliseconds(lambda: saver.begin(target, step, optimizer.local_slices(), {}), topology))  # noqa: B023
                 saver.finish()
                 saves.append(1e3 * (time.perf_counter() - begun))
-        num_bytes = sum(file.stat().st_size for file in target.iterdir())
-        for name, times in (("training stands still", stalls), ("until it is published", saves)):
-            yield [_row(f"save: {name}, first", times[:1], num_bytes), _row(f"save: {name}", times[1:], num_bytes)]
-        loads = [_milliseconds(lambda: _load(target, optimizer), topology) for _ in range(2)]
-        yield [_row("load, hashes checked", loads, num_bytes)]
-        dist.barrier()  # others may still read
+            num_bytes = sum(file.stat().st_size for file in target.iterdir())
+            for name, times in (("training stands still", stalls), ("until it is published", saves)):
+                yield [_row(f"save: {name}, first", times[:1], num_bytes), _row(f"save: {name}", times[1:], num_bytes)]
+            loads = [_milliseconds(lambda: _load(target, optimizer), topology) for _ in range(2)]
+            yield [_row("load, hashes checked", loads, num_bytes)]
+            dist.barrier()  # others may still read
     finally:
-        engine: Any = optimizer.module
-        engine.destroy()  # its hooks on the gradients would keep model and moments for good
         if topology.is_main:
             shutil.rmtree(folder, ignore_errors=True)
 

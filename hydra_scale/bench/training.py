@@ -20,12 +20,11 @@ from hydra_scale.bench.table import Row
 from hydra_scale.config import Config, MixerConfig
 from hydra_scale.data.loader import Batch
 from hydra_scale.data.tokenizer import MASK_ID
-from hydra_scale.model.build import build_model, parameter_groups
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.monitor.metrics import StepResult
-from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.topology import Topology
+from hydra_scale.training.assembly import assembled
 from hydra_scale.training.step import train_step
 
 PEERS = ("public-hydra", "bert")
@@ -159,16 +158,8 @@ def optimizer_steps(
     change: Callable[[nn.Module], None] | None = None,
 ) -> Iterator[Callable[[], StepResult]]:
     """Pretraining's step on the same micro batches, again and again; `change` may exchange parts of the fresh model."""
-    device = topology.accelerator.device
-    model = build_model(config, vocab_size, device, topology.context, topology.tensor, topology.stage)
-    if change is not None:
-        change(model)
-    optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
-    try:
+    with assembled(config, vocab_size, topology, change) as (_, optimizer):
         yield lambda: train_step(optimizer, batches, 1, config.optimizer.lr, config, topology)
-    finally:
-        engine: Any = optimizer.module
-        engine.destroy()  # its hooks on the gradients would keep model and moments for good
 
 
 @contextmanager

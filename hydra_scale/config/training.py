@@ -37,7 +37,7 @@ class TrainingConfig(Section):
     recompute: RecomputeConfig = RecomputeConfig()
     cuda_graphs: bool = True
     """On a GPU start the layers as two CUDA graphs a micro batch, where it can be: packed, Hydra and MLP layers, ZeRO 1
-    or 2, no ranks that share a micro batch. The log says whether they are, or why not. The numbers are the same."""
+    or 2, no pipeline. The log says whether they are, or why not. The numbers are the same."""
 
 
 class EvaluationConfig(Section):

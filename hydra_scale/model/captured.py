@@ -29,7 +29,9 @@ def why_not_captured(config: Config, device: torch.device) -> str | None:
         "attention layers look at the documents' lengths": "A" in config.model.layer_kinds,
         "learnable initial states make tensors as long as there are documents": mixer.learnable_init_states,
         f"mixer.backend {mixer.backend} waits for the device": mixer.backend not in ("auto", "triton"),
-        "ranks that share a micro batch speak to each other inside the layers": parallel.tensor * parallel.context > 1,
+        "ranks divide both heads and tokens": parallel.tensor > 1 and parallel.context > 1,
+        "under parallel.exchange heads the scan is of other ranks' tokens": parallel.context > 1
+        and parallel.exchange == "heads",
         "pipelines have several micro batches in flight": parallel.pipeline > 1,
         "ZeRO 3 moves the weights": config.zero.stage == 3,
     }
@@ -54,6 +56,13 @@ class CapturedLayers:
             found = _Replay.apply(self._passes, stretch.tensors(), x_TD, *self._layers.parameters())
         assert isinstance(found, torch.Tensor)
         return found
+
+    def release(self) -> None:
+        """Destroy the graphs; a next call records new ones."""
+        if self._passes is not None:
+            self._passes.forward.reset()
+            self._passes.backward.reset()
+            self._passes = None
 
 
 class _Passes(NamedTuple):

@@ -107,6 +107,11 @@ class MaskedLanguageModel(nn.Module):
         """Run the layers as CUDA graphs from now on, wherever gradients are wanted."""
         self._captured = CapturedLayers(self.encoder)
 
+    def release(self) -> None:
+        """Let go of CUDA graphs, whatever still refers to them."""
+        if self._captured is not None:
+            self._captured.release()
+
     def forward(self, batch: MaskedTokens) -> LossSums:
         """Summed loss and number of right predictions at the masked positions."""
         return self._sums(batch, self.hidden(batch))

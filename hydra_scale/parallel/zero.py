@@ -109,6 +109,10 @@ class ZeroOptimizer:
         self._engine.step()
         return float(self._engine.get_global_grad_norm())
 
+    def close(self) -> None:
+        """Take DeepSpeed's hooks off the parameters; no step can follow."""
+        self._engine.destroy()
+
     def local_slices(self) -> Iterator[LocalSlice]:
         """The slices of all parameters that this rank owns; views, so writing to them changes the optimizer."""
         return (part for part, _ in self._slices_with_weights())

@@ -1,19 +1,23 @@
 """Pretraining from a configuration to a trained run folder: the loop on one screen."""
 
 import logging
+from functools import partial
 from pathlib import Path
+
+from torch import nn
 
 from hydra_scale.checkpoint.initial import start_from
 from hydra_scale.config import Config
 from hydra_scale.data.loader import EvaluationData, TrainingData
 from hydra_scale.evaluation.masked_lm import evaluate
-from hydra_scale.model.build import build_model, parameter_groups, vocab_size_for
+from hydra_scale.model.build import vocab_size_for
 from hydra_scale.monitor.console import logged_to
 from hydra_scale.monitor.monitor import Monitor
 from hydra_scale.parallel.pipeline import names_of_all_stages
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
+from hydra_scale.training.assembly import assembled
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
@@ -54,7 +58,14 @@ def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotic
     on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
     with logged_to(run.log_file, topology.is_main):
         edge = StepEdge(run, notices, topology)
-        return _loop(config, run, topology, edge, data, held_out, vocab_size)
+        with assembled(config, vocab_size, topology, partial(_initialise, config, run)) as (model, optimizer):
+            names = names_of_all_stages(model, topology)
+            return _loop(config, run, topology, edge, data, held_out, optimizer, names)
+
+
+def _initialise(config: Config, run: RunFolder, model: nn.Module) -> None:
+    if config.checkpoint.init_from is not None and not on_main_rank(run.checkpoints.steps):
+        log.info("weights of %s", start_from(model, Path(config.checkpoint.init_from)))
 
 
 def _loop(
@@ -64,15 +75,9 @@ def _loop(
     edge: StepEdge,
     data: TrainingData,
     held_out: EvaluationData,
-    vocab_size: int,
+    optimizer: ZeroOptimizer,
+    names: set[str],
 ) -> StopReason:
-    model = build_model(
-        config, vocab_size, topology.accelerator.device, topology.context, topology.tensor, topology.stage
-    )
-    if config.checkpoint.init_from is not None and not on_main_rank(run.checkpoints.steps):
-        log.info("weights of %s", start_from(model, Path(config.checkpoint.init_from)))
-    names = names_of_all_stages(model, topology)
-    optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
     first_step, tokens = checkpointing.restore(names)
     on_main_rank(lambda: run.rewind_logs(first_step))

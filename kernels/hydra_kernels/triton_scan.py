@@ -350,10 +350,11 @@ def scan_backward(
     )  # fmt: skip
     grad_readout = None
     if inputs.readout_2SGN is not None:
-        edges = torch.tensor([[0], [num_tokens - 1]], device=x_THP.device)
-        if inputs.borders is not None:
-            edges = torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))
-        reading = parts[:, :, edges].sum((0, 1)).unflatten(-1, (2, 2, num_groups, d_state))
+        if inputs.borders is None:
+            reading = torch.stack((parts[:, :, :1], parts[:, :, -1:]), 2)
+        else:
+            reading = parts[:, :, torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))]
+        reading = reading.sum((0, 1)).unflatten(-1, (2, 2, num_groups, d_state))
         grad_readout = torch.stack([reading[direction, :, direction, 1] for direction in range(2)])
     if exchange is not None and grad_readout is not None:
         is_open = torch.stack((inputs.starts_T[0] < 0, inputs.ends_T[-1] > num_tokens))

@@ -9,9 +9,8 @@ from runs import TINY
 from hydra_scale.bench.training import random_batch
 from hydra_scale.config_file import load_config
 from hydra_scale.data.loader import Batch
-from hydra_scale.model.build import build_model, parameter_groups
-from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.topology import joined
+from hydra_scale.training.assembly import assembled
 from hydra_scale.training.step import train_step
 
 pytestmark = pytest.mark.gpu
@@ -37,14 +36,11 @@ def micro_batches(step: int) -> list[Batch]:
 def losses_and_norms(*settings: str) -> list[tuple[float, float]]:
     """Of each step, and which kind of run it was is checked."""
     config = load_config(TINY, ["data.train=unused", *settings])
-    with joined(config.parallel) as topology:
-        model = build_model(config, VOCAB_SIZE, topology.accelerator.device)
+    with joined(config.parallel) as topology, assembled(config, VOCAB_SIZE, topology) as (model, optimizer):
         assert (model._captured is not None) == config.training.cuda_graphs
-        optimizer = ZeroOptimizer(model, config, topology, parameter_groups(model, config.optimizer))
         results = [
             train_step(optimizer, micro_batches(step), step + 1, 1e-3, config, topology) for step in range(NUM_STEPS)
         ]
-        optimizer.module.destroy()
     return [(result.loss, result.grad_norm) for result in results]
 
 
