@@ -13,7 +13,10 @@ def config(*settings: str) -> Config:
     return load_config(TINY, ["data.train=unused", *settings])
 
 
-@pytest.mark.parametrize("setting", ["zero.stage=2", "training.precision=bf16", "model.layer_pattern=HM"])
+@pytest.mark.parametrize(
+    "setting",
+    ["zero.stage=2", "training.precision=bf16", "model.layer_pattern=HM", "parallel.tensor=2", "parallel.context=2"],
+)
 def test_nothing_keeps_packed_hydra_layers_on_a_gpu(setting: str) -> None:
     assert why_not_captured(config(setting), torch.device("cuda")) is None
 
@@ -26,8 +29,8 @@ def test_nothing_keeps_packed_hydra_layers_on_a_gpu(setting: str) -> None:
         ("model.layer_pattern=HA model.attention.num_heads=4", "attention"),
         ("model.mixer.learnable_init_states=true", "initial states"),
         ("model.mixer.backend=torch", "backend"),
-        ("parallel.tensor=2", "share"),
-        ("parallel.context=2", "share"),
+        ("parallel.tensor=2 parallel.context=2", "both heads and tokens"),
+        ("parallel.context=2 parallel.exchange=heads", "other ranks' tokens"),
         ("zero.stage=3", "ZeRO 3"),
     ],
 )
