@@ -4,9 +4,10 @@ Reads some private names of DeepSpeed 0.19.8, which constraints.txt pins: where 
 moments lie. Everything that touches them is in `ZeroOptimizer.local_slices` and `_seed_state`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class ZeroOptimizer:
         self._device = topology.accelerator.device
         self._autocast = partial(topology.accelerator.autocast, config.training.precision)
         self._is_stage_3 = config.zero.stage == 3
+        if self._device.type == "cuda" and not self._is_stage_3:
+            self._zero.get_grad_norm_direct = partial(_norm_in_one, self._zero.get_grad_norm_direct)
         self._pipeline = Pipeline(model, config, topology) if topology.stage.size > 1 else None
         self._seed_state(0)
 
@@ -201,6 +204,25 @@ class ZeroOptimizer:
         return LocalSlice(
             global_name(name, parameter), tuple(shape), start, weight, exp_avg, exp_avg_sq, placement, is_copy
         )
+
+
+def _norm_in_one(
+    norm_of: Callable[..., torch.Tensor], gradients: Iterable[Any], params: Iterable[Any], norm_type: float = 2
+) -> torch.Tensor:
+    """DeepSpeed's `get_grad_norm_direct`, given one tensor of the same norm as all that count here.
+
+    By itself it starts three kernels a parameter, in fp64: of a step's time on an H100 a tenth.
+    """
+    own = (gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False))
+    counted = [
+        gradient
+        for gradient, parameter in zip(own, params, strict=False)
+        if not getattr(parameter, "ds_pipe_replicated", False)
+        and (getattr(parameter, "tensor_model_parallel", False) or parallel_state.get_tensor_model_parallel_rank() == 0)
+    ]
+    norms = [torch.nn.utils.get_total_norm(counted, norm_type, foreach=True)] if counted else []
+    counts_here = SimpleNamespace(tensor_model_parallel=True)
+    return norm_of(norms, [counts_here] * len(norms), norm_type)
 
 
 def _deepspeed_config(config: Config) -> dict[str, Any]:

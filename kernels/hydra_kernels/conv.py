@@ -8,7 +8,7 @@ from .reference import conv_silu
 from .triton_language import available
 
 if available:
-    from .triton_autograd import triton_conv_silu
+    from .triton_operators import triton_conv_silu
 
 
 def depthwise_conv_silu(

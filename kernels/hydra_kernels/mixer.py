@@ -23,7 +23,8 @@ from .scan import quasiseparable_scan
 from .triton_language import available
 
 if available:
-    from .triton_autograd import MixShape, Outside, triton_mix
+    from .triton_mix import MixShape, Outside
+    from .triton_operators import triton_mix
 
 _NORM_EPS = 1e-5
 

@@ -12,7 +12,7 @@ from .reference import sequential_scan
 from .triton_language import available
 
 if available:
-    from .triton_autograd import triton_scan
+    from .triton_operators import triton_scan
 
 _MAX_BLOCK_LEN = 64
 

@@ -12,18 +12,15 @@ except ImportError:
     tl: Any = None  # type: ignore[no-redef]
 
 available: bool = triton is not None
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when Triton was imported), on CPU tensors."""
-    return available and bool(triton.knobs.runtime.interpret)
+interpreted: bool = available and bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when they were made."""
 
 
 def check_device(tensor: torch.Tensor) -> None:
     """ValueError naming what to do unless Triton kernels can run on `tensor`."""
     if not available:
         raise ValueError("backend is 'triton' but Triton is not installed; pip install triton, or choose 'torch'")
-    if tensor.device.type != "cuda" and not interpreted():
+    if tensor.device.type != "cuda" and not interpreted:
         raise ValueError(
             f"backend is 'triton' but the input is on {tensor.device}; choose 'torch' or 'auto', or set "
             "TRITON_INTERPRET=1 before the start to run the kernels in Triton's interpreter"

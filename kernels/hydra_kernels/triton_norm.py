@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 from .triton_language import tl, triton
 
@@ -120,50 +120,99 @@ def norm_backward(
     return parts.sum(0)
 
 
-class _Norm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y_TC: torch.Tensor,
-        z_TC: torch.Tensor,
-        weight_C: torch.Tensor,
-        squares_T: torch.Tensor | None,
-        eps: float,
-        width: int | None,
-    ) -> torch.Tensor:
-        out_TC, inverse_T = norm_forward(y_TC, z_TC, weight_C, eps, squares_T, width)
-        ctx.squares_are_given, ctx.width = squares_T is not None, width
-        ctx.save_for_backward(y_TC, z_TC, weight_C, inverse_T)
-        return out_TC
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TC: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        y_TC, z_TC, weight_C, inverse_T = ctx.saved_tensors
-        grad_y, grad_z = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y_TC, z_TC))
-        grad_squares = torch.empty_like(inverse_T) if ctx.squares_are_given else None
-        grad_TC = grad_TC if grad_TC.stride(-1) == 1 else grad_TC.contiguous()
-        grad_weight = norm_backward(y_TC, z_TC, weight_C, inverse_T, grad_TC, grad_y, grad_z, grad_squares, ctx.width)
-        return grad_y, grad_z, grad_weight.to(weight_C.dtype), grad_squares, None, None
+@custom_op("hydra_kernels::gated_rms_norm", mutates_args=())
+def _norm(
+    y_TC: torch.Tensor,
+    z_TC: torch.Tensor,
+    weight_C: torch.Tensor,
+    squares_T: torch.Tensor | None,
+    eps: float,
+    width: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result, and the factor of each row."""
+    return norm_forward(y_TC, z_TC, weight_C, eps, squares_T, width)
 
 
-class _Squares(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y_TC: torch.Tensor) -> torch.Tensor:
-        num_tokens, num_channels = y_TC.shape
-        squares_T = torch.empty(num_tokens, dtype=torch.float32, device=y_TC.device)
-        block = triton.next_power_of_2(num_channels)
-        _squares_kernel[(num_tokens,)](
-            y_TC, squares_T, num_channels, y_TC.stride(0), BLOCK=block, num_warps=_warps(block)
-        )
-        ctx.save_for_backward(y_TC)
-        return squares_T
+@_norm.register_fake
+def _(y_TC: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return _like(y_TC), y_TC.new_empty(y_TC.shape[0], dtype=torch.float32)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_T: torch.Tensor) -> torch.Tensor:
-        (y_TC,) = ctx.saved_tensors
-        return torch.mul(y_TC, 2.0 * grad_T[:, None]).to(y_TC.dtype)
+
+@custom_op("hydra_kernels::gated_rms_norm_backward", mutates_args=())
+def _norm_backward(
+    grad_TC: torch.Tensor,
+    y_TC: torch.Tensor,
+    z_TC: torch.Tensor,
+    weight_C: torch.Tensor,
+    inverse_T: torch.Tensor,
+    squares_are_given: bool,
+    width: int | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of y, z, the weight in fp32, and the squares; empty where those were not given."""
+    grad_y, grad_z, grad_squares = _like(y_TC), _like(z_TC), torch.empty_like(inverse_T)
+    grad_weight = norm_backward(
+        y_TC, z_TC, weight_C, inverse_T, grad_TC, grad_y, grad_z, grad_squares if squares_are_given else None, width
+    )
+    return grad_y, grad_z, grad_weight, grad_squares if squares_are_given else inverse_T.new_empty(0)
+
+
+@_norm_backward.register_fake
+def _(
+    grad: torch.Tensor, y: torch.Tensor, z: torch.Tensor, weight_C: torch.Tensor, inverse_T: torch.Tensor,
+    squares_are_given: bool, width: int | None,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    squares = inverse_T.new_empty(inverse_T.shape[0] if squares_are_given else 0)
+    return _like(y), _like(z), weight_C.new_empty(weight_C.shape, dtype=torch.float32), squares
+
+
+def _norm_keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    y_TC, z_TC, weight_C, squares_T, _, ctx.width = inputs
+    ctx.squares_are_given = squares_T is not None
+    ctx.save_for_backward(y_TC, z_TC, weight_C, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_gradients(ctx: Any, grad_TC: torch.Tensor, grad_inverse: None) -> tuple[torch.Tensor | None, ...]:
+    y_TC, z_TC, weight_C, inverse_T = ctx.saved_tensors
+    grad_TC = grad_TC if grad_TC.stride(-1) == 1 else grad_TC.contiguous()
+    grad_y, grad_z, grad_weight, grad_squares = _norm_backward(
+        grad_TC, y_TC, z_TC, weight_C, inverse_T, ctx.squares_are_given, ctx.width
+    )
+    grad_squares = grad_squares if ctx.squares_are_given else None
+    return grad_y, grad_z, grad_weight.to(weight_C.dtype), grad_squares, None, None
+
+
+_norm.register_autograd(_norm_gradients, setup_context=_norm_keep)
+
+
+@custom_op("hydra_kernels::sum_of_squares", mutates_args=())
+def _squares(y_TC: torch.Tensor) -> torch.Tensor:
+    num_tokens, num_channels = y_TC.shape
+    squares_T = torch.empty(num_tokens, dtype=torch.float32, device=y_TC.device)
+    block = triton.next_power_of_2(num_channels)
+    _squares_kernel[(num_tokens,)](y_TC, squares_T, num_channels, y_TC.stride(0), BLOCK=block, num_warps=_warps(block))
+    return squares_T
+
+
+@_squares.register_fake
+def _(y_TC: torch.Tensor) -> torch.Tensor:
+    return y_TC.new_empty(y_TC.shape[0], dtype=torch.float32)
+
+
+def _squares_keep(ctx: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _squares_gradient(ctx: Any, grad_T: torch.Tensor) -> torch.Tensor:
+    (y_TC,) = ctx.saved_tensors
+    return torch.mul(y_TC, 2.0 * grad_T[:, None]).to(y_TC.dtype)
+
+
+_squares.register_autograd(_squares_gradient, setup_context=_squares_keep)
+
+
+def _like(rows: torch.Tensor) -> torch.Tensor:
+    return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,13 +230,10 @@ def triton_gated_rms_norm(
 ) -> torch.Tensor:
     """As `gated_rms_norm`."""
     squares_T = None if squares is None else squares.flatten().contiguous()
-    out_TC = _Norm.apply(_rows(y), _rows(z), weight_C.contiguous(), squares_T, eps, width)
-    assert isinstance(out_TC, torch.Tensor)
+    out_TC, _ = _norm(_rows(y), _rows(z), weight_C.contiguous(), squares_T, eps, width)
     return out_TC.view(y.shape)
 
 
 def triton_sum_of_squares(y: torch.Tensor) -> torch.Tensor:
     """As `sum_of_squares`."""
-    squares_T = _Squares.apply(_rows(y))
-    assert isinstance(squares_T, torch.Tensor)
-    return squares_T.view(*y.shape[:-1], 1)
+    return _squares(_rows(y)).view(*y.shape[:-1], 1)

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.library import custom_op
 
 from .triton_language import tl, triton
 
@@ -71,50 +71,92 @@ def _add_norm_backward_kernel(
         tl.store(target + width, of_bias, mask=mask)
 
 
-class _AddNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: torch.Tensor,
-        branch_TD: torch.Tensor,
-        weight_D: torch.Tensor,
-        bias_D: torch.Tensor | None,
-        eps: float,
-    ) -> torch.Tensor:
-        num_tokens, width = x_TD.shape
-        total_TD = torch.empty(num_tokens, width, dtype=torch.float32, device=x_TD.device)
-        inverse_T = torch.empty(num_tokens, dtype=torch.float32, device=x_TD.device)
-        mean_T = None if bias_D is None else torch.empty_like(inverse_T)
-        out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
-        block = triton.next_power_of_2(width)
-        _add_norm_kernel[(num_tokens,)](
-            x_TD, branch_TD, weight_D, bias_D, total_TD, out_TD, mean_T, inverse_T, width, eps,
-            x_TD.stride(0), branch_TD.stride(0), CENTRED=bias_D is not None, BLOCK=block, num_warps=_warps(block),
-        )  # fmt: skip
-        ctx.dtypes = x_TD.dtype, branch_TD.dtype, None if bias_D is None else bias_D.dtype
-        ctx.save_for_backward(total_TD, weight_D, mean_T, inverse_T)
-        return out_TD
+@custom_op("hydra_kernels::add_norm", mutates_args=())
+def _add_norm(
+    x_TD: torch.Tensor, branch_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The result, and for the backward pass the sum, its mean (empty without a bias) and the factor of each row."""
+    num_tokens, width = x_TD.shape
+    out_TD, total_TD, mean_T, inverse_T = _outputs(x_TD, bias_D)
+    block = triton.next_power_of_2(width)
+    _add_norm_kernel[(num_tokens,)](
+        x_TD, branch_TD, weight_D, bias_D, total_TD, out_TD, None if bias_D is None else mean_T, inverse_T, width, eps,
+        x_TD.stride(0), branch_TD.stride(0), CENTRED=bias_D is not None, BLOCK=block, num_warps=_warps(block),
+    )  # fmt: skip
+    return out_TD, total_TD, mean_T, inverse_T
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_TD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        total_TD, weight_D, mean_T, inverse_T = ctx.saved_tensors
-        of_x, of_branch, of_bias = ctx.dtypes
-        num_tokens, width = total_TD.shape
-        centred = mean_T is not None
-        grad_TD = grad_TD if grad_TD.stride(-1) == 1 else grad_TD.contiguous()
-        grad_x = torch.empty(total_TD.shape, dtype=of_x, device=total_TD.device)
-        grad_branch = grad_x if of_branch == of_x else torch.empty_like(grad_x, dtype=of_branch)
-        num_parts = triton.cdiv(num_tokens, _ROWS)
-        parts = torch.empty(num_parts, 1 + centred, width, dtype=torch.float32, device=total_TD.device)
-        block = triton.next_power_of_2(width)
-        _add_norm_backward_kernel[(num_parts,)](
-            total_TD, weight_D, mean_T, inverse_T, grad_TD, grad_x, grad_branch, parts, num_tokens, width,
-            grad_TD.stride(0), CENTRED=centred, HAS_BRANCH=grad_branch is not grad_x, BLOCK=block, ROWS=_ROWS,
-            num_warps=_warps(block),
-        )  # fmt: skip
-        sums = parts.sum(0)
-        return grad_x, grad_branch, sums[0].to(weight_D.dtype), sums[1].to(of_bias) if centred else None, None
+
+@_add_norm.register_fake
+def _(
+    x_TD: torch.Tensor, branch_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor | None, eps: float
+) -> tuple[torch.Tensor, ...]:
+    return _outputs(x_TD, bias_D)
+
+
+def _outputs(x_TD: torch.Tensor, bias_D: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    num_tokens = x_TD.shape[0]
+    out_TD = torch.empty(x_TD.shape, dtype=x_TD.dtype, device=x_TD.device)
+    total_TD = torch.empty(x_TD.shape, dtype=torch.float32, device=x_TD.device)
+    mean_T = total_TD.new_empty(0 if bias_D is None else num_tokens)
+    return out_TD, total_TD, mean_T, total_TD.new_empty(num_tokens)
+
+
+@custom_op("hydra_kernels::add_norm_backward", mutates_args=())
+def _add_norm_backward(
+    grad_TD: torch.Tensor,
+    total_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    mean_T: torch.Tensor,
+    inverse_T: torch.Tensor,
+    branch_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of x, in the dtype of `grad`; of the branch, empty where that is the same; of weight and bias (1 or 2, D)."""
+    num_tokens, width = total_TD.shape
+    grad_x, grad_branch = _input_gradients(grad_TD, branch_dtype)
+    centred, num_parts = mean_T.numel() > 0, triton.cdiv(num_tokens, _ROWS)
+    parts = torch.empty(num_parts, 1 + centred, width, dtype=torch.float32, device=total_TD.device)
+    block = triton.next_power_of_2(width)
+    _add_norm_backward_kernel[(num_parts,)](
+        total_TD, weight_D, mean_T if centred else None, inverse_T, grad_TD, grad_x, grad_branch, parts, num_tokens,
+        width, grad_TD.stride(0), CENTRED=centred, HAS_BRANCH=grad_branch.numel() > 0, BLOCK=block, ROWS=_ROWS,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return grad_x, grad_branch, parts.sum(0)
+
+
+@_add_norm_backward.register_fake
+def _(
+    grad_TD: torch.Tensor, total_TD: torch.Tensor, weight_D: torch.Tensor, mean_T: torch.Tensor, inverse_T: Any,
+    branch_dtype: torch.dtype,
+) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    sums = total_TD.new_empty(1 if mean_T.numel() == 0 else 2, total_TD.shape[1])
+    return *_input_gradients(grad_TD, branch_dtype), sums
+
+
+def _input_gradients(grad_TD: torch.Tensor, branch_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    grad_x = torch.empty(grad_TD.shape, dtype=grad_TD.dtype, device=grad_TD.device)
+    if branch_dtype == grad_x.dtype:
+        return grad_x, grad_x.new_empty(0)
+    return grad_x, torch.empty_like(grad_x, dtype=branch_dtype)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, branch_TD, weight_D, bias_D, _ = inputs
+    ctx.branch_dtype, ctx.bias_dtype = branch_TD.dtype, None if bias_D is None else bias_D.dtype
+    ctx.save_for_backward(output[1], weight_D, *output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx: Any, grad_TD: torch.Tensor, *unused: None) -> tuple[torch.Tensor | None, ...]:
+    tensors = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
+    grad_TD = grad_TD if grad_TD.stride(-1) == 1 else grad_TD.contiguous()
+    grad_x, grad_branch, sums = _add_norm_backward(grad_TD, *tensors, ctx.branch_dtype)
+    grad_bias = None if ctx.bias_dtype is None else sums[1].to(ctx.bias_dtype)
+    grad_branch = grad_x if ctx.branch_dtype == grad_x.dtype else grad_branch
+    return grad_x, grad_branch, sums[0].to(tensors[1].dtype), grad_bias, None
+
+
+_add_norm.register_autograd(_gradients, setup_context=_keep)
 
 
 def _warps(block: int) -> int:
@@ -126,6 +168,4 @@ def triton_add_norm(
 ) -> torch.Tensor:
     """As `add_norm`, of rows."""
     x_TD, branch_TD = (t if t.stride(-1) == 1 else t.contiguous() for t in (x_TD, branch_TD))
-    result = _AddNorm.apply(x_TD, branch_TD, weight_D.contiguous(), bias_D, eps)
-    assert isinstance(result, torch.Tensor)
-    return result
+    return _add_norm(x_TD, branch_TD, weight_D.contiguous(), bias_D, eps)[0]

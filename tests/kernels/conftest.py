@@ -1,9 +1,11 @@
-"""Memory that nobody wrote to holds NaN, so that reading it fails a comparison."""
+"""Memory that nobody wrote to holds NaN, so that reading it fails a comparison; segments are short."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from hydra_kernels import triton_scan
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +19,9 @@ def _poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(autouse=True)
+def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks a segment, so that states cross segments at small shapes."""
+    monkeypatch.setattr(triton_scan, "_SEGMENT_TOKENS", 32)

@@ -8,15 +8,9 @@ from compare import assert_all_close, with_gradients
 from test_mixer import FILES, load
 from test_scan import borders, make_inputs
 
-from hydra_kernels import HydraMixer, add_norm, depthwise_conv_silu, quasiseparable_scan, triton_scan
+from hydra_kernels import HydraMixer, add_norm, depthwise_conv_silu, quasiseparable_scan
 
 FP32 = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a segment, so that states cross segments at small shapes."""
-    monkeypatch.setattr(triton_scan, "_SEGMENT_TOKENS", 32)
 
 
 def compare(

@@ -1,0 +1,326 @@
+"""The Triton kernels as PyTorch operators: traced whole by torch.compile, with gradients, shapes and FLOPs.
+
+An operator cannot return nothing in a tensor's place: an empty tensor stands for a result that was not asked for.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from .documents import Documents
+from .triton_conv import conv_backward, conv_forward
+from .triton_mix import MixOfStretch, MixShape, Outside, in_dtype_of, mix_backward, mix_forward
+from .triton_scan import ScanInputs, scan_backward, scan_forward
+
+_NO_LIMIT = (0.0, float("inf"))
+_Tensor = torch.Tensor
+_Gradients = tuple[torch.Tensor | None, ...]
+
+
+@custom_op("hydra_kernels::scan", mutates_args=())
+def _scan(
+    x_THP: _Tensor, dt_2TH: _Tensor, A_H: _Tensor, B_2TGN: _Tensor, C_2TGN: _Tensor, diagonal_TH: _Tensor | None,
+    initial_2SHPN: _Tensor | None, readout_2SGN: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor,
+    borders: _Tensor | None, chunk_size: int,
+) -> tuple[_Tensor, _Tensor]:  # fmt: skip
+    inputs = _scan_inputs(
+        x_THP, dt_2TH, A_H, B_2TGN, C_2TGN, diagonal_TH, initial_2SHPN, readout_2SGN, starts_T, ends_T, borders,
+        chunk_size,
+    )  # fmt: skip
+    y_THP, final, _ = scan_forward(inputs)
+    return y_THP, _or_empty(final, x_THP)
+
+
+@_scan.register_fake
+def _(x_THP: _Tensor, dt: _Tensor, A: _Tensor, B_2TGN: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor]:
+    borders, state = rest[6], (*x_THP.shape[1:], B_2TGN.shape[-1])
+    final = _fake((0,) if borders is None else (2, borders.numel() - 1, *state), x_THP)
+    return _fake(x_THP.shape, x_THP, x_THP.dtype), final
+
+
+@custom_op("hydra_kernels::scan_backward", mutates_args=())
+def _scan_backward(
+    grad_y_THP: _Tensor, grad_final: _Tensor | None,
+    x_THP: _Tensor, dt_2TH: _Tensor, A_H: _Tensor, B_2TGN: _Tensor, C_2TGN: _Tensor, diagonal_TH: _Tensor | None,
+    initial_2SHPN: _Tensor | None, readout_2SGN: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor,
+    borders: _Tensor | None, chunk_size: int,
+) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor, _Tensor, _Tensor]:  # fmt: skip
+    """Of x, steps, A, [B forward, C forward, B backward, C backward] (T, 4 G N), diagonal, initial states, read-out."""
+    inputs = _scan_inputs(
+        x_THP, dt_2TH, A_H, B_2TGN, C_2TGN, diagonal_TH, initial_2SHPN, readout_2SGN, starts_T, ends_T, borders,
+        chunk_size,
+    )  # fmt: skip
+    grad_x, vectors_TV = _fake(x_THP.shape, x_THP, grad_y_THP.dtype), _vectors(x_THP, B_2TGN, grad_y_THP.dtype)
+    grad_steps = _fake(dt_2TH.shape, x_THP)
+    grads = scan_backward(inputs, grad_y_THP, grad_final, grad_x, grad_steps, vectors_TV)
+    edges = grads.initial_2SHPN if initial_2SHPN is not None else None
+    optional = (_or_empty(found, x_THP) for found in (grads.diagonal_TH, edges, grads.readout_2SGN))
+    return grad_x, grad_steps, grads.A_H, vectors_TV, *optional  # type: ignore[return-value]
+
+
+@_scan_backward.register_fake
+def _(
+    grad_y: _Tensor, grad_final: _Tensor | None, x_THP: _Tensor, dt: _Tensor, A_H: _Tensor, B: _Tensor, *rest: Any
+) -> tuple[_Tensor, ...]:
+    optional = (_fake((0,) if given is None else given.shape, x_THP) for given in rest[1:4])
+    return (
+        _fake(x_THP.shape, x_THP, grad_y.dtype),
+        _fake(dt.shape, x_THP),
+        _fake(A_H.shape, x_THP),
+        _vectors(x_THP, B, grad_y.dtype),
+        *optional,
+    )
+
+
+def _scan_keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    *tensors, ctx.chunk_size = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _scan_gradients(ctx: Any, grad_y: _Tensor | None, grad_final: _Tensor | None) -> _Gradients:
+    tensors = ctx.saved_tensors  # once: under activation checkpointing each access computes them again
+    x_THP, B_2TGN, borders = tensors[0], tensors[3], tensors[10]
+    grad_y = torch.zeros_like(x_THP) if grad_y is None else grad_y.contiguous()
+    grad_final = None if grad_final is None or borders is None else grad_final.contiguous()
+    grad_x, steps, A, vectors_TV, *optional = _scan_backward(grad_y, grad_final, *tensors, ctx.chunk_size)
+    grad_BC = vectors_TV.view(-1, 2, 2, *B_2TGN.shape[2:]).permute(1, 2, 0, 3, 4)
+    found = (grad_x, steps, A, grad_BC[:, 0], grad_BC[:, 1], *optional)
+    return *in_dtype_of(tensors[:8], found), None, None, None, None
+
+
+_scan.register_autograd(_scan_gradients, setup_context=_scan_keep)
+
+
+@register_flop_formula(torch.ops.hydra_kernels.scan)
+def _scan_flops(x: Any, dt: Any, A: Any, B: Any, C: Any, diagonal: Any, *rest: Any, **_: Any) -> int:
+    """Two directions, each writing x B^T into the state and reading it with C, in the recurrence's linear form."""
+    num_tokens, num_heads, headdim = x
+    return num_tokens * num_heads * headdim * (2 * 2 * 2 * B[-1] + (0 if diagonal is None else 2))
+
+
+@register_flop_formula(torch.ops.hydra_kernels.scan_backward)
+def _scan_backward_flops(grad_y: Any, grad_final: Any, *arguments: Any, **_: Any) -> int:
+    return 2 * _scan_flops(*arguments)
+
+
+def _scan_inputs(
+    x: _Tensor, dt: _Tensor, A: _Tensor, B: _Tensor, C: _Tensor, diagonal: _Tensor | None, initial: _Tensor | None,
+    readout: _Tensor | None, starts: _Tensor, ends: _Tensor, borders: _Tensor | None, chunk_size: int,
+) -> ScanInputs:  # fmt: skip
+    return ScanInputs(
+        x, dt, A, B, C, diagonal, None, None, _NO_LIMIT, starts, ends, borders, initial, readout, chunk_size
+    )
+
+
+def _vectors(x_THP: _Tensor, B_2TGN: _Tensor, dtype: torch.dtype) -> _Tensor:
+    return _fake((x_THP.shape[0], 4 * B_2TGN.shape[2] * B_2TGN.shape[3]), x_THP, dtype)
+
+
+def _fake(shape: Sequence[int], like: _Tensor, dtype: torch.dtype = torch.float32) -> _Tensor:
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _or_empty(tensor: _Tensor | None, like: _Tensor) -> _Tensor:
+    return _fake((0,), like) if tensor is None else tensor
+
+
+def triton_scan(
+    x_BLHP: torch.Tensor,
+    dt_2BLH: torch.Tensor,
+    A_H: torch.Tensor,
+    B_2BLGN: torch.Tensor,
+    C_2BLGN: torch.Tensor,
+    *,
+    diagonal_BLH: torch.Tensor | None,
+    documents: Documents,
+    initial_states: torch.Tensor | None,
+    initial_readout: torch.Tensor | None,
+    return_final_states: bool,
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """As `quasiseparable_scan`; the final states are absent unless asked for."""
+    edges = return_final_states or initial_states is not None or initial_readout is not None
+    dtype = x_BLHP.dtype
+    y_THP, final = _scan(
+        _rows(x_BLHP, 0),
+        _rows(dt_2BLH, 1),
+        A_H.contiguous(),
+        _rows(B_2BLGN.to(dtype), 1),
+        _rows(C_2BLGN.to(dtype), 1),
+        None if diagonal_BLH is None else _rows(diagonal_BLH, 0),
+        None if initial_states is None else initial_states.contiguous(),
+        None if initial_readout is None else initial_readout.contiguous(),
+        documents.starts_T,
+        documents.ends_T,
+        documents.borders if edges else None,
+        chunk_size,
+    )
+    return y_THP.view(x_BLHP.shape), final if edges else None
+
+
+def _in_dtype_of(
+    tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """The gradients as autograd wants them, each in its input's dtype."""
+    pairs = zip(tensors, gradients, strict=True)
+    return [None if tensor is None or gradient is None else gradient.to(tensor.dtype) for tensor, gradient in pairs]
+
+
+def _rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """Batch and sequence as one dimension; a copy only where strides or a strided last dimension force one."""
+    flat = tensor.flatten(dim, dim + 1)
+    return flat if flat.stride(-1) == 1 else flat.contiguous()
+
+
+@custom_op("hydra_kernels::conv_silu", mutates_args=())
+def _conv(x_TC: _Tensor, weight_C1K: _Tensor, bias_C: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor) -> _Tensor:
+    return conv_forward(x_TC, weight_C1K, bias_C, starts_T, ends_T)
+
+
+@_conv.register_fake
+def _(x_TC: _Tensor, *rest: Any) -> _Tensor:
+    return _fake(x_TC.shape, x_TC, x_TC.dtype)
+
+
+@custom_op("hydra_kernels::conv_silu_backward", mutates_args=())
+def _conv_backward(
+    grad_TC: _Tensor, x_TC: _Tensor, weight_C1K: _Tensor, bias_C: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor
+) -> tuple[_Tensor, _Tensor, _Tensor]:
+    grad_x_TC = _fake(x_TC.shape, x_TC, x_TC.dtype)
+    grad_weight, grad_bias = conv_backward(x_TC, weight_C1K, bias_C, starts_T, ends_T, grad_TC, grad_x_TC)
+    return grad_x_TC, grad_weight.clone(), grad_bias.clone()  # the two lie in one tensor
+
+
+@_conv_backward.register_fake
+def _(grad_TC: _Tensor, x_TC: _Tensor, weight_C1K: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor]:
+    weights = (_fake(shape, x_TC) for shape in (weight_C1K.shape, weight_C1K.shape[:1]))
+    return _fake(x_TC.shape, x_TC, x_TC.dtype), *weights  # type: ignore[return-value]
+
+
+def _conv_keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _conv_gradients(ctx: Any, grad_TC: _Tensor) -> _Gradients:
+    tensors = ctx.saved_tensors
+    grad_TC = grad_TC if grad_TC.stride(-1) == 1 else grad_TC.contiguous()
+    return *in_dtype_of(tensors[:3], _conv_backward(grad_TC, *tensors)), None, None
+
+
+_conv.register_autograd(_conv_gradients, setup_context=_conv_keep)
+
+
+def triton_conv_silu(
+    x_BLC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None, documents: Documents
+) -> torch.Tensor:
+    """As `depthwise_conv_silu`."""
+    starts, ends = documents.starts_T, documents.ends_T
+    bias_C = None if bias_C is None else bias_C.contiguous()
+    return _conv(_rows(x_BLC, 0), weight_C1K.contiguous(), bias_C, starts, ends).view(x_BLC.shape)
+
+
+@custom_op("hydra_kernels::mix", mutates_args=())
+def _mix(
+    projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
+    D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
+    starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
+) -> tuple[_Tensor, _Tensor, _Tensor]:  # fmt: skip
+    """sizes, limits: those of `MixShape`. Returns the result, and for the backward pass y and the norm's factors."""
+    return mix_forward(
+        _shape(sizes, limits), None, projected_TE, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
+        init_states, borders, starts_T, ends_T,
+    )[:3]  # fmt: skip
+
+
+@_mix.register_fake
+def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor]:
+    num_tokens, d_inner = projected_TE.shape[0], rest[-2][0]
+    out, y = (_fake((num_tokens, d_inner), projected_TE, projected_TE.dtype) for _ in range(2))
+    return out, y, _fake((num_tokens,), projected_TE)
+
+
+@custom_op("hydra_kernels::mix_backward", mutates_args=())
+def _mix_backward(
+    grad_out_TI: _Tensor, y_TI: _Tensor, inverse_T: _Tensor,
+    projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
+    D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
+    starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
+) -> list[_Tensor]:  # fmt: skip
+    """Of the projection and the eight weights behind it."""
+    found = mix_backward(
+        _shape(sizes, limits), None, grad_out_TI, y_TI, inverse_T, None, projected_TE, conv_weight, conv_bias, dt_bias,
+        A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
+    )  # fmt: skip
+    of_projection, *of_weights = (_or_empty(gradient, projected_TE) for gradient in found)
+    return [of_projection, *(gradient.clone() for gradient in of_weights)]  # two may lie in one tensor
+
+
+@_mix_backward.register_fake
+def _(grad_out: _Tensor, y: _Tensor, inverse: _Tensor, projected_TE: _Tensor, *rest: Any) -> list[_Tensor]:
+    given = (projected_TE, *rest[:8])
+    return [
+        _fake((0,), projected_TE) if tensor is None else _fake(tensor.shape, tensor, tensor.dtype) for tensor in given
+    ]
+
+
+def _mix_keep(ctx: Any, inputs: Sequence[Any], output: tuple[_Tensor, _Tensor, _Tensor]) -> None:
+    *tensors, ctx.sizes, ctx.limits = inputs
+    ctx.save_for_backward(*output[1:], *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _mix_gradients(ctx: Any, grad_out: _Tensor, grad_y: None, grad_inverse: None) -> _Gradients:
+    tensors = ctx.saved_tensors
+    found = _mix_backward(grad_out.contiguous(), *tensors, ctx.sizes, ctx.limits)
+    pairs = zip(tensors[2:11], found, strict=True)
+    return *(None if tensor is None else gradient for tensor, gradient in pairs), *(None,) * 5
+
+
+_mix.register_autograd(_mix_gradients, setup_context=_mix_keep)
+
+
+@register_flop_formula(torch.ops.hydra_kernels.mix)
+def _mix_flops(projected: Sequence[int], conv: Sequence[int], *rest: Any, **_: Any) -> int:
+    """Convolution, fc_D, diagonal and the two scans in the recurrence's linear form; elementwise work is left out."""
+    d_inner, nheads, _, d_state, *_ = rest[-2]
+    return projected[0] * (2 * conv[0] * conv[2] + 2 * d_inner * nheads + 2 * d_inner + 2 * 2 * 2 * d_inner * d_state)
+
+
+@register_flop_formula(torch.ops.hydra_kernels.mix_backward)
+def _mix_backward_flops(grad_out: Any, y: Any, inverse: Any, *arguments: Any, **_: Any) -> int:
+    return 2 * _mix_flops(*arguments)
+
+
+def _shape(sizes: list[int], limits: list[float]) -> MixShape:
+    d_inner, nheads, headdim, d_state, ngroups, chunk_size = sizes
+    low, high, eps = limits
+    return MixShape(d_inner, nheads, headdim, d_state, ngroups, (low, high), eps, chunk_size)
+
+
+def triton_mix(
+    projected_BLE: torch.Tensor,
+    shape: MixShape,
+    conv_weight: torch.Tensor,
+    conv_bias: torch.Tensor | None,
+    dt_bias: torch.Tensor,
+    A_log: torch.Tensor,
+    D: torch.Tensor,
+    fc_D_weight: torch.Tensor,
+    norm_weight: torch.Tensor,
+    init_states: torch.Tensor | None,
+    documents: Documents,
+    outside: Outside | None = None,
+) -> torch.Tensor:
+    """As `hydra_mix`."""
+    weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
+    contiguous = (None if weight is None else weight.contiguous() for weight in weights)
+    if outside is not None:
+        out_TI = MixOfStretch.apply(shape, outside, _rows(projected_BLE, 0), *contiguous, *documents[:3])
+    else:
+        sizes, limits = [*shape[:5], shape.chunk_size], [*shape.dt_limit, shape.norm_eps]
+        out_TI, *_ = _mix(_rows(projected_BLE, 0), *contiguous, *documents[:3], sizes, limits)
+    return out_TI.view(projected_BLE.shape[0], -1, shape.d_inner)
