@@ -11,7 +11,7 @@ READY := $(VENV)/.ready
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint test-gpu slurm clean
+.PHONY: help install quickstart test test-resume-matrix lint test-gpu test-faults slurm clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -36,7 +36,13 @@ quickstart: $(READY)  ## Real text to a trained encoder that fills masks; result
 	$(BIN)/hydra-scale fill-mask $(QUICKSTART)/model $(SENTENCES)
 
 test: $(READY)  ## The whole test suite for the CPU
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'not gpu'
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'not gpu and not matrix and not faults'
+
+test-faults: $(READY)  ## Every test of faults, the long ones and those on a real Slurm included
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/faults tests/slurm
+
+test-resume-matrix: $(READY)  ## Every layout continues what every other saved, fp32 and bf16: 162 pairs
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed/test_resume_matrix.py
 
 lint: $(READY)  ## Style, types and import directions
 	@$(BIN)/ruff check .

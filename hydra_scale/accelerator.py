@@ -6,6 +6,7 @@ Nothing else in the project asks whether CUDA is there.
 import logging
 import os
 import resource
+import time
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -41,11 +42,50 @@ class Accelerator:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def stopwatch(self) -> "Stopwatch":
+        """Measures the device's work between two moments, without waiting for it."""
+        return Stopwatch(self.device)
+
+    def total_memory(self) -> int:
+        """Bytes of the device, or of the host on a CPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
     def peak_memory(self) -> int:
         """Most bytes in use so far: of the device's allocator on a GPU, of the process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Laps of work on a device, in seconds: between CUDA events there, by the clock on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._begin: Any = None
+        self._laps: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        """A lap begins."""
+        self._begin = self._now()
+
+    def stop(self) -> None:
+        """It ends."""
+        self._laps.append((self._begin, self._now()))
+
+    def take_laps(self) -> list[float]:
+        """Seconds of each lap since the last call; the device must have finished them."""
+        laps, self._laps = self._laps, []
+        return [begin.elapsed_time(end) / 1e3 if self._is_cuda else end - begin for begin, end in laps]
+
+    def _now(self) -> Any:
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def choose_accelerator(local_rank: int) -> Accelerator:

@@ -267,8 +267,23 @@ def fill_mask(
 
 
 @app.command()
-def doctor() -> None:
-    """What is installed, which devices and operations work here, and what is missing."""
+def doctor(
+    nodes: Annotated[bool, typer.Option("--nodes", help="Look at all nodes; every rank runs this (torchrun).")] = False,
+    run_dir: Annotated[Path, typer.Option(help="With --nodes: folder that all of them share.")] = Path(),
+    max_skew: Annotated[float, typer.Option(help="Seconds that a node's clock may be off.")] = 1.0,
+    min_bandwidth: Annotated[float, typer.Option(help="GB/s of an all-reduce of 64 MiB.")] = 0.0,
+    max_visible: Annotated[float, typer.Option(help="Seconds until a file is seen by all.")] = 60.0,
+    join: Annotated[float, typer.Option(help="Seconds for all ranks to come.")] = 300.0,
+) -> None:
+    """What is installed, which devices and operations work here, and what is missing; with --nodes, of an allocation.
+
+    Exits with 5 if something is missing or wrong, with 6 if a rank is missing, differs, or the network is slow.
+    """
+    if nodes:
+        from hydra_scale.preflight import Limits, examine_nodes
+
+        examine_nodes(run_dir, Limits(max_skew, min_bandwidth, max_visible, join), typer.echo)
+        return
     from hydra_scale.doctor import examine
 
     sound = examine(typer.echo)

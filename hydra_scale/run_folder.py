@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from hydra_scale.checkpoint.files import write_durably
+from hydra_scale.checkpoint.files import publish, remove_folder, write_durably
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.load import CheckpointReader
+from hydra_scale.checkpoint.weights import copy_weights
 from hydra_scale.config import CheckpointConfig, Config
 from hydra_scale.config_file import dump_config, flatten, load_config
 from hydra_scale.errors import CheckpointError, EnvironmentFault
@@ -20,16 +21,16 @@ from hydra_scale.run_marks import RunMarks
 log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
-    "parallel.", "zero.", "checkpoint.", "monitor.", "evaluation.", "data.train", "data.eval", "data.cache",
-    "training.micro_batch_size", "training.steps", "training.recompute.", "training.cuda_graphs", "model.mixer.backend",
-    "model.mixer.chunk_size",
+    "parallel.", "zero.", "checkpoint.", "monitor.", "watchdog.", "evaluation.", "data.train", "data.eval",
+    "data.cache", "training.micro_batch_size", "training.steps", "training.recompute.", "training.cuda_graphs",
+    "model.mixer.backend", "model.mixer.chunk_size",
 )  # fmt: skip
 """Settings that a run may change when it continues: none of them changes what is computed, but for training.steps,
 which stretches the schedule. The data folders may move; their content is compared by fingerprint."""
 
 
 class RunFolder:
-    """RUN/config.yaml metrics.jsonl train.log tensorboard/ checkpoints/ ledger.jsonl tokenizer/"""
+    """RUN/config.yaml metrics.jsonl train.log tensorboard/ checkpoints/ ledger.jsonl tokenizer/ weights/"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,7 +40,9 @@ class RunFolder:
         self.log_file = path / "train.log"
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
+        self.watch = path / "watch"
         self.checkpoints = CheckpointFolder(path / "checkpoints")
+        self.weights = path / "weights"
         self.marks = RunMarks(path)
 
     def check(self, config: Config) -> None:
@@ -84,6 +87,28 @@ class RunFolder:
         rows = (values for _, values in _json_lines(self.metrics_file)) if self.metrics_file.exists() else ()
         losses = {values["step"]: values["eval/loss"] for values in rows if "eval/loss" in values}
         self.checkpoints.retain(config.keep, config.keep_every, losses, config.keep_best)
+
+    def publish_weights(self, step: int) -> None:
+        """Make RUN/weights of the checkpoint of `step`: a run folder of its own, without moments. Main rank only.
+
+        Raises:
+            EnvironmentFault: it cannot be written.
+        """
+        aside = self.path / ".weights.writing"
+        try:
+            shutil.rmtree(aside, ignore_errors=True)
+            light = RunFolder(aside)
+            target = light.checkpoints.at(step)
+            copy_weights(self.checkpoints.at(step), target.with_name(f".{target.name}.writing"), target)
+            for file in (self.config_file, self.metrics_file):
+                shutil.copyfile(file, aside / file.name)
+            shutil.copytree(self.tokenizer, light.tokenizer)
+            if self.weights.exists():
+                remove_folder(self.weights)
+            publish(aside, self.weights)
+        except OSError as error:
+            raise EnvironmentFault(f"{self.weights}: cannot be written: {error}; free space or permissions") from None
+        log.info("%s: weights of step %d", self.weights, step)
 
     def load_config(self) -> Config:
         """The configuration this run was last started with.

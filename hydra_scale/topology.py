@@ -4,10 +4,11 @@ Groups are made by megatron-core's parallel_state, which its layers consult; the
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from megatron.core import parallel_state
 from hydra_scale.accelerator import Accelerator, choose_accelerator
 from hydra_scale.config import Config, ParallelConfig
 from hydra_scale.errors import ConfigError, DistributedFault, EnvironmentFault
+from hydra_scale.meeting import meet
 
 
 @dataclass(frozen=True)
@@ -270,31 +272,42 @@ def _two_nearest(wanted: int, choices: list[int]) -> str:
 
 
 @contextmanager
-def joined(parallel: ParallelConfig, timeout: timedelta = timedelta(minutes=10)) -> Iterator[Topology]:
+def joined(
+    parallel: ParallelConfig,
+    timeout: timedelta = timedelta(minutes=10),
+    facts: Mapping[str, str] = MappingProxyType({}),
+    meet_within: timedelta = timedelta(minutes=10),
+) -> Iterator[Topology]:
     """Join the other processes and lay out the groups, for the time of the context.
 
-    A single process uses an in-memory store: nothing listens on any port.
+    A single process uses an in-memory store: nothing listens on any port. `timeout` is that of every collective;
+    `facts` must be equal on all ranks, which are all there after `meet_within`.
 
     Raises:
         ConfigError, DistributedFault, EnvironmentFault: the degrees, launcher variables or devices do not fit.
     """
     _refuse_combinations(parallel)
     env = ProcessEnvironment.read()
+    alone = env.world_size == 1
+    store = dist.HashStore() if alone else meet(env.rank, env.world_size, meet_within, facts)
     try:
-        yield _join(env, parallel, timeout)
+        yield _join(env, parallel, timeout, store)
     finally:
         if dist.is_initialized():
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
 
 
-def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta) -> Topology:
+def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta, store: dist.Store) -> Topology:
     accelerator = choose_accelerator(env.local_rank)
     os.environ.setdefault("LOCAL_RANK", str(env.local_rank))  # DeepSpeed insists on it, a single process included
-    store = dist.HashStore() if env.world_size == 1 else None
     try:
         dist.init_process_group(
-            accelerator.collectives, store=store, rank=env.rank, world_size=env.world_size, timeout=timeout
+            accelerator.collectives,
+            store=dist.PrefixStore("group", store),
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timeout,
         )
     except (RuntimeError, ValueError) as error:
         raise EnvironmentFault(f"rank {env.rank} of {env.world_size}: cannot join the others: {error}") from None

@@ -63,6 +63,39 @@ def run_to_death(function: Callable[..., Any], *args: Any, timeout: float = 120.
         process.join()
 
 
+def end_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 60.0) -> list[int]:
+    """As `run_ranks`, for ranks that end themselves or are killed: returns their exit codes, minus the signal if one
+    killed them; an exception counts as its `exit_code` or 1, a normal return as 0.
+
+    Raises:
+        AssertionError: a rank did not end in time.
+    """
+    port = _free_port()
+    processes = [
+        _forks.Process(target=_ending_rank, args=(rank, num_ranks, port, function, args)) for rank in range(num_ranks)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout)
+            assert process.exitcode is not None, f"process {process.name} did not end within {timeout} s"
+        return [int(process.exitcode or 0) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _ending_rank(rank: int, num_ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    _become_rank(rank, num_ranks, port)
+    try:
+        function(*args)
+    except Exception as error:
+        traceback.print_exc()
+        os._exit(getattr(error, "exit_code", 1))
+
+
 def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
     results: dict[int, Any] = {}
     pending = {receiver: rank for rank, receiver in enumerate(receivers)}
@@ -82,14 +115,18 @@ def _collect(receivers: list[Connection], timeout: float) -> list[Any]:
 def _rank_main(
     send: Connection, rank: int, num_ranks: int, port: int, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
+    _become_rank(rank, num_ranks, port)
     try:
         send.send((None, function(*args)))
     except BaseException:
         send.send((traceback.format_exc(), None))
+
+
+def _become_rank(rank: int, num_ranks: int, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
 
 
 def _free_port() -> int:

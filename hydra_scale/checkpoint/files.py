@@ -44,8 +44,8 @@ def write_durably(path: Path, content: bytes) -> None:
 
 def publish(aside: Path, final: Path) -> None:
     """Make a finished folder visible under its final name, all at once. `final` must not exist."""
-    for file in aside.iterdir():
-        flush(file)
+    for entry in aside.rglob("*"):
+        flush(entry)
     flush(aside)
     aside.rename(final)
     flush(final.parent)

@@ -15,10 +15,11 @@ _ROWS_OF_THE_VOCABULARY = ("embedding.word.weight", "head.bias")
 
 
 @torch.no_grad()
-def start_from(model: nn.Module, source: Path) -> Path:
+def start_from(model: nn.Module, source: Path, names: set[str]) -> Path:
     """Copy the weights of a run folder's newest whole checkpoint, or of a checkpoint, into this rank's parameters.
 
-    A vocabulary of another size shares the first rows; further ones keep what they have. Returns the checkpoint.
+    `names` are those of the whole model, of which a pipeline's stage holds some. A vocabulary of another size shares
+    the first rows; further ones keep what they have. Returns the checkpoint.
 
     Raises:
         CheckpointError: there is none, it is damaged, or it is of a model of other shapes.
@@ -26,7 +27,7 @@ def start_from(model: nn.Module, source: Path) -> Path:
     folder = _checkpoint_of(source)
     parameters = dict(model.named_parameters())
     with CheckpointReader(folder) as reader:
-        reader.check_names({global_name(name, parameter) for name, parameter in parameters.items()})
+        reader.check_names(names)
         for name, parameter in parameters.items():
             placement, logical = placement_of(parameter), global_name(name, parameter)
             found = reader.tensor(f"parameter/{logical}")

@@ -45,7 +45,7 @@ class CheckpointReader:
         """Write this layout's slices of parameters and moments, whatever layout saved them.
 
         Raises:
-            CheckpointError: a tensor is absent, or of another shape or dtype, or not wholly there.
+            CheckpointError: a tensor is absent, or of another shape or dtype, or not wholly there, or not finite.
         """
         for part in slices:
             for kind in ("parameter", *MOMENTS):
@@ -58,6 +58,11 @@ class CheckpointReader:
                     view = flat.narrow(0, start - part.start, box.num_elements).view(box.size)
                     for source, index in placed(box, part.placement):
                         self._fill(name, view[index], source)
+                if num_bad := int((~flat.isfinite()).sum()):
+                    raise CheckpointError(
+                        f"{self.folder}: {name} holds {num_bad} elements that are not finite (NaN or infinite); delete"
+                        " this checkpoint to continue from the one before"
+                    )
 
     def check_names(self, expected: set[str]) -> None:
         """Raises CheckpointError if the parameters are not exactly those of the model."""
@@ -66,6 +71,14 @@ class CheckpointReader:
             if names:
                 some = ", ".join(sorted(names)[:5])
                 raise CheckpointError(f"{self.folder}: {problem} {len(names)} parameters of the model: {some}")
+
+    def check_moments(self) -> None:
+        """Raises CheckpointError if there are weights only."""
+        if not any(name.startswith(f"{MOMENTS[0]}/") for name in self.manifest.tensors):
+            raise CheckpointError(
+                f"{self.folder}: holds weights and no moments, training cannot go on from it; start a new run with"
+                " checkpoint.init_from"
+            )
 
     def _entry(self, name: str) -> TensorEntry:
         try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, sha256_file
 from hydra_scale.checkpoint.geometry import Rectangle, check_cover
 from hydra_scale.errors import CheckpointError
 
+log = logging.getLogger(__name__)
 VERSION = 1
 
 
@@ -88,7 +90,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def verify_files(folder: Path, manifest: CheckpointManifest) -> None:
-    """Compare size and hash of every file with the manifest.
+    """Compare size and hash of every file with the manifest; files that it does not list are logged and never read.
 
     Raises:
         CheckpointError: the first file that is missing, cut or altered.
@@ -101,3 +103,6 @@ def verify_files(folder: Path, manifest: CheckpointManifest) -> None:
             raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
         if (found := sha256_file(path)) != entry.sha256:
             raise CheckpointError(f"{path}: sha256 is {found}, the manifest says {entry.sha256}")
+    listed = {*manifest.files, MANIFEST, MANIFEST_HASH}
+    if strangers := sorted(path.name for path in folder.iterdir() if path.name not in listed):
+        log.warning("%s: holds %s, which its manifest does not list; not read", folder, ", ".join(strangers[:5]))

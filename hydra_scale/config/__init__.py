@@ -17,6 +17,7 @@ from hydra_scale.config.training import (
     ScheduleConfig,
     TrainingConfig,
 )
+from hydra_scale.config.watchdog import WatchdogConfig
 
 __all__ = [
     "AttentionConfig",
@@ -37,5 +38,6 @@ __all__ = [
     "Section",
     "SourceConfig",
     "TrainingConfig",
+    "WatchdogConfig",
     "ZeroConfig",
 ]

@@ -23,6 +23,15 @@ class CheckpointConfig(Section):
     run has a checkpoint of its own, that is what it continues from."""
     asynchronous: bool = True
     """Train on while a checkpoint is written, from a copy in host memory; the last one of a run is waited for."""
+    weights_at_end: bool = False
+    """Leave RUN/weights when the last step is done: a run folder without moments, a third of a checkpoint's size."""
+    upload: str | None = None
+    """URL (s3://bucket/run, gs://, file://) to which finished checkpoints are copied while training goes on."""
+    upload_keep: PositiveInt | None = None
+    """Newest checkpoints that stay at the URL; absent: all."""
+    fetch: bool = False
+    """A run folder without a checkpoint continues from the newest whole one at checkpoint.upload. Without it, a URL
+    that has checkpoints already is refused."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue if the run folder holds a checkpoint; never: refuse a run folder that has one."""
 

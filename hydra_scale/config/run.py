@@ -13,6 +13,7 @@ from hydra_scale.config.training import (
     ScheduleConfig,
     TrainingConfig,
 )
+from hydra_scale.config.watchdog import WatchdogConfig
 
 
 class Config(Section):
@@ -28,6 +29,7 @@ class Config(Section):
     zero: ZeroConfig = ZeroConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":

@@ -167,6 +167,11 @@ class TrainingData:
         """Hash of the tokens and their order in the folders: a run may continue only on data with the same one."""
         self._batch = _Batches(self._sequences, config, seed, self.tokenizer)
 
+    @property
+    def reading(self) -> str:
+        """The shard of each source that was last read from, or is being read."""
+        return ", ".join(str(split.store.reading) for split in self._sequences.splits if split.store.reading)
+
     def micro_batches(
         self, step: int, rank: int, num_ranks: int, global_batch_size: int, micro_batch_size: int
     ) -> list[Batch]:

@@ -13,15 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from filelock import FileLock
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from hydra_scale.config import DataConfig
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, FileEntry, read_manifest, sha256_file
 from hydra_scale.errors import DataError, EnvironmentFault
+from hydra_scale.remote import ATTEMPTS, file_system, may_pass
 
-_ATTEMPTS = 5
 _AT_ONCE = 8
 _USED = "used"  # its time of change is when the folder was last opened
 
@@ -41,7 +40,7 @@ def localised(address: str, config: DataConfig) -> Path:
         raise DataError(f"{address}: pipe: is refused, data is not the output of a command; give a folder or a URL")
     if "://" not in address:
         return Path(address)
-    files, root = _file_system(address)
+    files, root = file_system(address, DataError)
     cache = Path(config.cache) if config.cache else _user_cache()
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / "lock"):
@@ -57,17 +56,6 @@ def localised(address: str, config: DataConfig) -> Path:
         with ThreadPoolExecutor(_AT_ONCE) as threads:
             list(threads.map(lambda file: _fetch(files, root, folder, *file, address=address), missing))
     return folder
-
-
-def _file_system(address: str) -> tuple[Any, str]:
-    try:
-        files, root = fsspec.core.url_to_fs(address)
-    except ValueError:
-        known = ", ".join(sorted({"s3", "gs", "https", "http", "hf", "abfs", "file"}))
-        raise DataError(f"{address}: unknown scheme; expected one that fsspec knows, like {known}") from None
-    except ImportError as error:
-        raise EnvironmentFault(f"{address}: {error}") from None
-    return files, root.rstrip("/")
 
 
 def _listed(folder: Path) -> list[tuple[str, FileEntry]]:
@@ -101,16 +89,14 @@ def _fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, 
 
 
 def _retried(what: str, call: Callable[[], Any]) -> Any:
-    passing = retry_if_exception(
-        lambda error: isinstance(error, OSError | _Damaged) and not isinstance(error, FileNotFoundError)
-    )
-    attempts = Retrying(stop=stop_after_attempt(_ATTEMPTS), wait=_WAIT, retry=passing, reraise=True)
+    passing = retry_if_exception(lambda error: isinstance(error, _Damaged) or may_pass(error))
+    attempts = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=_WAIT, retry=passing, reraise=True)
     try:
         return attempts(call)
     except FileNotFoundError:
         raise DataError(f"{what}: not there; give the URL of a folder written by `hydra-scale prepare`") from None
     except (OSError, _Damaged) as error:
-        raise EnvironmentFault(f"{what}: cannot be fetched after {_ATTEMPTS} attempts: {error}; try again") from None
+        raise EnvironmentFault(f"{what}: cannot be fetched after {ATTEMPTS} attempts: {error}; try again") from None
 
 
 def _make_room(cache: Path, folder: Path, missing: list[tuple[str, FileEntry]], limit_gb: float, address: str) -> None:

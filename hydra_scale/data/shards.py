@@ -199,6 +199,8 @@ class TokenStore:
         groups = np.add.reduceat(self.lengths, np.arange(0, len(self.lengths), _GROUP), dtype=np.int64)
         self._group_start = np.cumsum(groups) - groups
         self._shards: list[tuple[mmap.mmap, np.ndarray] | None] = [None] * len(self.entry.shards)
+        self.reading: Path | None = None
+        """The shard that was last asked for tokens."""
 
     def counts(self) -> np.ndarray:
         """Occurrences of each token id in the split, int64 (vocab_size,)."""
@@ -262,7 +264,7 @@ class TokenStore:
     def _shard(self, number: int) -> np.ndarray:
         """A shard as one array of tokens. The size is compared each time: reading past a cut file kills the process."""
         entry, opened = self.entry.shards[number], self._shards[number]
-        path = self.folder / entry.name
+        path = self.reading = self.folder / entry.name
         if opened is None:
             opened = self._shards[number] = self._open(path, number)
         mapping, tokens = opened

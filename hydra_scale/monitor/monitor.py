@@ -84,6 +84,15 @@ class Monitor:
             log.info("step %d/%d  checkpoint written", step, self._config.training.steps)
             self._last_time = time.perf_counter()
 
+    def slow_rank(self, step: int, rank: int, host: str, speed: float) -> None:
+        """Note that a rank holds the others up; `speed` is its part of the median rank's."""
+        if self._topology.is_main:
+            _append(self._metrics, {"step": step, "slow_rank": rank, "speed": speed})
+            log.warning(
+                "step %d/%d  rank %d on %s computes at %.0f%% of the median rank's speed: all wait for it",
+                step, self._config.training.steps, rank, host, 100 * speed,
+            )  # fmt: skip
+
     def stopped(self, step: int, reason: str) -> None:
         """Note that the run ends early after `step`, which is safe on disk."""
         if self._topology.is_main:

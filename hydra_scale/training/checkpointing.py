@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch.distributed as dist
 
 from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.save import Saver
+from hydra_scale.checkpoint.upload import RemoteCheckpoints
 from hydra_scale.config import Config
 from hydra_scale.errors import CheckpointError, HydraScaleError
 from hydra_scale.parallel.zero import ZeroOptimizer
@@ -30,6 +32,7 @@ class Checkpointing:
         self._run, self._optimizer, self._config, self._topology = run, optimizer, config.checkpoint, topology
         self._data_fingerprint, self._asynchronous = data_fingerprint, config.checkpoint.asynchronous
         self._saver = Saver(topology.accelerator.device)
+        self._remote: RemoteCheckpoints | None = None  # the main rank's, once `restore` has looked there
 
     def __enter__(self) -> "Checkpointing":
         return self
@@ -38,6 +41,8 @@ class Checkpointing:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._saver.__exit__(kind, error, trace)
+        if self._remote is not None:
+            self._remote.close(wait=error is None)
 
     def restore(self, parameter_names: set[str]) -> tuple[int, int]:
         """Load the newest whole checkpoint; returns its step and the tokens trained on, (0, 0) if there is none.
@@ -58,6 +63,7 @@ class Checkpointing:
                     f" {self._data_fingerprint[:16]}; give the same prepared folder, or start another run"
                 )
             reader.check_names(parameter_names)
+            reader.check_moments()
             self._optimizer.prepare_load(reader.manifest.step)
             reader.fill_slices(self._optimizer.local_slices())
         self._optimizer.finish_load()
@@ -82,11 +88,15 @@ class Checkpointing:
 
     def poll(self) -> list[int]:
         """At each step edge: the step published since the last, if any. Raises CheckpointError as `save`."""
+        if self._remote is not None:
+            self._remote.tell()
         return self._published(self._saver.poll())
 
     def _published(self, step: int | None) -> list[int]:
         if step is None:
             return []
+        if self._remote is not None:
+            self._remote.begin(self._run.checkpoints.at(step))
         if self._topology.is_main:
             self._run.retain_checkpoints(self._config)
         return [step]
@@ -95,7 +105,24 @@ class Checkpointing:
         folder = self._run.checkpoints.newest_whole()
         if folder is not None:
             self._run.checkpoints.set_aside_after(int(folder.name.removeprefix("step-")))
+        if self._config.upload is not None:
+            self._remote = RemoteCheckpoints(self._config.upload, self._config.upload_keep)
+            folder = self._agreed_with_remote(folder, self._remote)
         return folder
+
+    def _agreed_with_remote(self, folder: Path | None, remote: RemoteCheckpoints) -> Path | None:
+        """Where to continue: `folder`, uploaded again if its upload was cut short, or what is fetched from there."""
+        there = remote.steps()
+        if folder is not None:
+            if int(folder.name.removeprefix("step-")) not in there:
+                remote.begin(folder)
+            return folder
+        if there and not self._config.fetch:
+            raise CheckpointError(
+                f"checkpoint.upload {self._config.upload}: holds a checkpoint of step {there[-1]} and {self._run.path}"
+                " none; set checkpoint.fetch=true to continue from it, or choose another URL"
+            )
+        return remote.fetch_newest(self._run.checkpoints) if self._config.fetch else None
 
 
 def on_main_rank(action: Any) -> Any:

@@ -1,16 +1,17 @@
 """Pretraining from a configuration to a trained run folder: the loop on one screen."""
 
 import logging
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-
-from torch import nn
 
 from hydra_scale.checkpoint.initial import start_from
 from hydra_scale.config import Config
 from hydra_scale.data.loader import EvaluationData, TrainingData
 from hydra_scale.evaluation.masked_lm import evaluate
+from hydra_scale.meeting import facts_of
 from hydra_scale.model.build import vocab_size_for
+from hydra_scale.model.masked_lm import MaskedLanguageModel
 from hydra_scale.monitor.console import logged_to
 from hydra_scale.monitor.monitor import Monitor
 from hydra_scale.parallel.pipeline import names_of_all_stages
@@ -23,6 +24,8 @@ from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
 from hydra_scale.training.step_edge import StepEdge
 from hydra_scale.training.stopping import StopNotices, StopReason
+from hydra_scale.watch.stragglers import ComputeTimes
+from hydra_scale.watch.watchdog import Watchdog, new_board
 
 log = logging.getLogger(__name__)
 
@@ -40,17 +43,24 @@ def pretrain(config: Config, run_dir: Path, notices: StopNotices | None = None) 
     if notices is None:
         with StopNotices(run_dir) as notices:
             return pretrain(config, run_dir, notices)
-    check_layout(config, ProcessEnvironment.read().world_size)
+    env = ProcessEnvironment.read()
+    check_layout(config, env.world_size)
     run = RunFolder(run_dir)
     if run.marks.steps_done() >= config.training.steps:
         run.check(config)
         log.info("%s: all %d steps are done", run.path, config.training.steps)
         return StopReason.NONE
-    with joined(config.parallel) as topology:
-        return _open(config, run, topology, notices)
+    limits = config.watchdog
+    timeout, meet_within = timedelta(seconds=limits.longest + 60), timedelta(seconds=limits.join)
+    with (
+        Watchdog(limits, env.rank, env.world_size) as watchdog,
+        joined(config.parallel, timeout, facts_of(config), meet_within) as topology,
+        watchdog.naming_the_lost(),
+    ):
+        return _open(config, run, topology, notices, watchdog)
 
 
-def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotices) -> StopReason:
+def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotices, watchdog: Watchdog) -> StopReason:
     on_main_rank(lambda: run.check(config))
     data = TrainingData(config.data, config.training.seed)
     held_out = EvaluationData(config.data, data.tokenizer)
@@ -58,14 +68,15 @@ def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotic
     on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
     with logged_to(run.log_file, topology.is_main):
         edge = StepEdge(run, notices, topology)
-        with assembled(config, vocab_size, topology, partial(_initialise, config, run)) as (model, optimizer):
-            names = names_of_all_stages(model, topology)
-            return _loop(config, run, topology, edge, data, held_out, optimizer, names)
+        watchdog.meet(on_main_rank(lambda: new_board(run.watch, edge.epoch)), lambda: f"reading {data.reading}")
+        with assembled(config, vocab_size, topology, partial(_initialise, config, run, topology)) as (model, optimizer):
+            return _loop(config, run, topology, edge, watchdog, data, held_out, model, optimizer)
 
 
-def _initialise(config: Config, run: RunFolder, model: nn.Module) -> None:
+def _initialise(config: Config, run: RunFolder, topology: Topology, model: MaskedLanguageModel) -> None:
     if config.checkpoint.init_from is not None and not on_main_rank(run.checkpoints.steps):
-        log.info("weights of %s", start_from(model, Path(config.checkpoint.init_from)))
+        names = names_of_all_stages(model, topology)
+        log.info("weights of %s", start_from(model, Path(config.checkpoint.init_from), names))
 
 
 def _loop(
@@ -73,11 +84,14 @@ def _loop(
     run: RunFolder,
     topology: Topology,
     edge: StepEdge,
+    watchdog: Watchdog,
     data: TrainingData,
     held_out: EvaluationData,
+    model: MaskedLanguageModel,
     optimizer: ZeroOptimizer,
-    names: set[str],
 ) -> StopReason:
+    times = ComputeTimes(model, topology, config.watchdog, config.monitor.console_every)
+    names = names_of_all_stages(model, topology)
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
     first_step, tokens = checkpointing.restore(names)
     on_main_rank(lambda: run.rewind_logs(first_step))
@@ -95,25 +109,35 @@ def _loop(
         data.prefetch(first_step, num_steps, *ranks, batch.global_batch_size, batch.micro_batch_size) as batches,
     ):
         step, stop = first_step, edge.stop_reason()  # a notice may have come while all this was built
+        watchdog.enter("data", first_step + 1)
         for index, micro_batches in batches:
             if stop:
                 break
             step = index + 1  # the batch of index i makes optimizer step i + 1
+            watchdog.enter("step", step)
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
             result = train_step(optimizer, micro_batches, step, lr, config, topology)
             tokens += result.num_tokens
             monitor.step(step, tokens, lr, result)
+            for slow in times.after(step):
+                monitor.slow_rank(step, slow.rank, times.hosts[slow.rank], slow.speed)
             stop = edge.stop_reason()
             if step % config.evaluation.every == 0 or step == num_steps:
+                watchdog.enter("evaluation", step)
                 monitor.evaluation(step, evaluate(optimizer.score, held_out, config, topology))
+            watchdog.enter("save", step)
             published = checkpointing.poll()
             last = step == num_steps or bool(stop)
             if step % config.checkpoint.every == 0 or last:
                 published += checkpointing.save(step, tokens, edge.check_held, wait=last)
             for saved in published:
                 monitor.checkpoint(saved)
+            watchdog.enter("data", step + 1)
+        watchdog.enter("end", step)
         if stop and step < num_steps:
             monitor.stopped(step, str(stop))
             return stop
+    if config.checkpoint.weights_at_end:
+        on_main_rank(lambda: run.publish_weights(num_steps))
     edge.mark_done(num_steps)
     return StopReason.NONE

@@ -17,6 +17,11 @@ class StepEdge:
         self._marks, self._notices, self._topology = run.marks, notices, topology
         self._claim = on_main_rank(self._marks.claim)
 
+    @property
+    def epoch(self) -> int:
+        """Number of this start among all of the run, the same on all ranks."""
+        return int(self._claim.epoch)
+
     def stop_reason(self) -> StopReason:
         """Why to stop here, the same on all ranks; NONE to go on. One all-reduce of one integer.
 

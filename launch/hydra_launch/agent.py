@@ -45,7 +45,8 @@ def _torchrun(options: list[str], arguments: Sequence[str]) -> int:
     try:
         run(parse_args(command))
     except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
+        # a trainer that ended itself knows why; one that was killed may have been so for its sake
+        rank, failure = min(failed.failures.items(), key=lambda item: (item[1].exitcode < 0, item[1].timestamp))
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
         print(f"[launch] rank {rank} (process {failure.pid}) ended first, with code {code}", file=sys.stderr)
         return code

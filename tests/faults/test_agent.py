@@ -57,6 +57,19 @@ def test_trainers_die_with_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
         wait_until(lambda: all(is_gone(pid) for pid in trainers), 5, "a trainer lives on")
 
 
+def test_a_stopped_trainer_ends_the_job(corpus: Path, tmp_path: Path) -> None:
+    """It cannot end itself, and is gone with the job; which ends with the code that says: distributed."""
+    run = tmp_path / "run"
+    with launched(run, 2, f"data.train={corpus}", "training.steps=100000", "watchdog.step=3") as agent:
+        wait_for_steps(run)
+        trainers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(trainers[-1]), signal.SIGSTOP)
+        _, errors = agent.communicate(timeout=30)
+    assert agent.returncode == 6, errors
+    assert f"(process {trainers[-1]} on " in errors and "is silent, last heard of at step" in errors
+    assert all(is_gone(pid) for pid in trainers)
+
+
 def test_a_layout_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:
     arguments = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "--processes=3"]
     failure = CliRunner().invoke(launch, ["local", *arguments]).exception

@@ -33,6 +33,7 @@ class Cluster:
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self._folder, self._nodes = folder, [f"n{number}" for number in range(1, num_nodes + 1)]
         self._running = ExitStack()
+        self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": SEARCH}
         """For processes that speak to this cluster."""
 
@@ -49,9 +50,8 @@ class Cluster:
             self._start("slurmctld", "-D", "-c", "-i")
             wait_until(lambda: "UP" in self.call("scontrol", "ping"), 20, "slurmctld is not up")
             for node in self._nodes:
-                self._start("slurmd", "-D", "-c", "-N", node)
-            idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
-            wait_until(lambda: len(self.call(*idle).split()) == len(self._nodes), 30, "nodes are not idle")
+                self._daemons[node] = self._start("slurmd", "-D", "-c", "-N", node)
+            self._wait_for_nodes()
             undo.pop_all()
         return self
 
@@ -75,10 +75,28 @@ class Cluster:
         """Until the job is in one of `states`."""
         wait_until(lambda: self.state(job) in states, seconds, f"job {job} is not {' or '.join(states)}")
 
-    def _start(self, *command: str) -> None:
+    def lose(self, node: str) -> None:
+        """Its slurmd dies, its jobs' processes go on. The controller is told at once what it would find out itself
+        after SlurmdTimeout."""
+        self._daemons[node].kill()
+        self._daemons[node].wait()
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """The node is there again, without jobs."""
+        self._daemons[node] = self._start("slurmd", "-D", "-c", "-N", node)
+        self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+        self._wait_for_nodes()
+
+    def _wait_for_nodes(self) -> None:
+        idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")
+        wait_until(lambda: len(self.call(*idle).split()) == len(self._nodes), 30, "nodes are not idle")
+
+    def _start(self, *command: str) -> subprocess.Popen[bytes]:
         log = self._running.enter_context((self._folder / "daemons.log").open("a"))
         process = subprocess.Popen(command, env=self.environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         self._running.callback(_end, process)
+        return process
 
     def _write_files(self) -> None:
         (self._folder / "munge").mkdir()

@@ -1,6 +1,8 @@
 """Runs submitted to a real Slurm: to the end over two nodes, through notices, requeues, chains, arrays and cancels."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from waiting import wait_until
 
 from hydra_launch.commands import launch
 from hydra_scale.run_folder import RunFolder
+from hydra_scale.watch.board import read_board
 
 pytestmark = pytest.mark.slurm
 
@@ -105,6 +108,34 @@ def test_cancelled_stopped_and_hopeless_jobs_stay_away(
     cluster.wait_for(third, "FAILED")
     assert "failed with code 3, which a restart does not cure: the error stands above" in notes(hopeless)
     assert "nowhere/manifest.json: no such file" in log(hopeless)
+
+
+def test_a_lost_node_and_the_writer_on_it(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+    """The trainer of the lost node stands still until the run is done elsewhere, then wakes: it must not write."""
+    run = tmp_path / "run"
+    (job,) = submit(run, corpus, site, nodes=1)
+    lost: list[tuple[str, int]] = []
+
+    def lose() -> None:
+        node = cluster.call("squeue", "--noheader", "--format=%N", "--jobs", job).strip()
+        (record,) = read_board(run / "watch" / "epoch-0001").values()
+        os.kill(record.pid, signal.SIGSTOP)
+        lost.append((node, record.pid))
+        cluster.lose(node)
+
+    at_step(3, {run: lose})
+    ((node, pid),) = lost
+    try:
+        cluster.wait_for(job, "COMPLETED")
+        code = run / "launch" / f"{job}.0.code"
+        assert not code.exists()
+        os.kill(pid, signal.SIGCONT)
+        wait_until(lambda: code.exists() and code.read_text() == "73\n", 60, "the old writer has not given way")
+    finally:
+        cluster.bring_back(node)
+    run_ranks(1, train, tmp_path / "alone", [f"data.train={corpus}", *SETTINGS])
+    assert_same_run(run, tmp_path / "alone")
+    assert RunFolder(run).marks.steps_done() == STEPS
 
 
 def test_a_chain_and_an_array_side_by_side(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_to_death
+from safetensors.torch import save as serialised
 
-from hydra_scale.checkpoint import files
 from hydra_scale.checkpoint import save as save_module
+from hydra_scale.checkpoint.files import sha256_file
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.manifest import read_manifest, verify_files
@@ -109,50 +111,84 @@ def test_a_missing_slice_is_not_published(folder: CheckpointFolder) -> None:
     assert folder.steps() == []
 
 
-NUM_OPERATIONS = 15  # writes, flushes, renames and deletions of one save and one retention
+NUM_OPERATIONS = 1 + 3 * 3 + (1 + 3 + 1) + (1 + 1) + (1 + 3 + 1)
+"""mkdir; three files written in two halves each; fsync of the rank's file, then of all and of the folder; rename and
+fsync of the parent; to delete the older one: rename, three unlinks, rmdir."""
 
 
-@pytest.mark.parametrize("count", range(1, NUM_OPERATIONS + 2))
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["waited-for", "behind-training"])
 def test_killed_at_any_file_operation_the_old_or_the_new_checkpoint_stands(
-    folder: CheckpointFolder, count: int
+    folder: CheckpointFolder, asynchronous: bool
 ) -> None:
+    """Every open for writing, half-done write, flush, rename, mkdir, unlink and rmdir, retention's included."""
     write(folder, 1)
-    exit_code = run_to_death(save_and_die, folder.path, count)
-    newest = folder.newest_whole()
-    assert newest in (folder.at(1), folder.at(2))
-    assert exit_code == (0 if count > NUM_OPERATIONS else -signal.SIGKILL)
-    with CheckpointReader(newest) as reader:
-        step = reader.manifest.step
-        assert all(torch.equal(reader.parameters()[name], three[0]) for name, three in tensors(step).items())
-    folder.clear_unfinished()
-    assert {entry.name for entry in folder.path.iterdir()} <= {"step-00000001", "step-00000002"}
-    if folder.steps() == [1]:
-        assert write(folder, 2).is_dir()
+    exit_code, count = -signal.SIGKILL, 0
+    seen = set()
+    while exit_code:
+        count += 1
+        exit_code = run_to_death(save_and_die, folder.path, count, asynchronous)
+        assert exit_code in (0, -signal.SIGKILL)
+        newest = folder.newest_whole()
+        assert newest in (folder.at(1), folder.at(2))
+        with CheckpointReader(newest) as reader:
+            step = reader.manifest.step
+            assert newest == folder.at(step)
+            assert all(torch.equal(reader.parameters()[name], three[0]) for name, three in tensors(step).items())
+        seen.add((step, exit_code))
+        folder.clear_unfinished()
+        assert {entry.name for entry in folder.path.iterdir()} <= {"step-00000001", "step-00000002"}
+        if folder.steps() == [1]:
+            assert write(folder, 2).is_dir()
+        for left in folder.steps():
+            shutil.rmtree(folder.at(left))
+        write(folder, 1)
+    assert count - 1 == NUM_OPERATIONS
+    assert seen == {(1, -signal.SIGKILL), (2, -signal.SIGKILL), (2, 0)}
 
 
-def save_and_die(path: Path, count: int) -> None:
-    """Save step 2 and delete step 1, but be killed at the count-th write, flush, rename or deletion."""
+def save_and_die(path: Path, count: int, asynchronous: bool) -> None:
+    """Save step 2 and delete step 1, but be killed at the count-th operation that changes the file system."""
     left = count
+
+    def may_die() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
 
     def dying(operation: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            nonlocal left
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
+            may_die()
             return operation(*args, **kwargs)
 
         return wrapper
 
-    for owner, name in (
-        (files, "flush"), (save_module, "flush"), (Path, "rename"), (Path, "write_bytes"), (Path, "write_text"),
-        (Path, "mkdir"),
-        (files.shutil, "rmtree"), (save_module, "save_file"),
-    ):  # fmt: skip
-        setattr(owner, name, dying(getattr(owner, name)))
+    def in_halves(target: Path, content: bytes) -> None:
+        may_die()
+        with target.open("wb") as stream:
+            may_die()
+            stream.write(content[: len(content) // 2])
+            stream.flush()
+            may_die()
+            stream.write(content[len(content) // 2 :])
+
+    def save_in_halves(tensors: dict[str, torch.Tensor], target: Path) -> None:
+        in_halves(target, serialised(tensors))
+
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    Path.write_bytes = in_halves  # type: ignore[method-assign,assignment]
+    Path.write_text = lambda self, text: in_halves(self, text.encode())  # type: ignore[method-assign,assignment]
+    save_module.save_file = save_in_halves
     folder = CheckpointFolder(path)
-    write(folder, 2)
+    if asynchronous:
+        with save_module.Saver(torch.device("cpu")) as saver:
+            saver.begin(folder.at(2), 2, slices(tensors(2)), {"tokens": 2})
+            while saver.poll() is None:
+                pass
+    else:
+        write(folder, 2)
     folder.retain(1)
 
 
@@ -168,7 +204,7 @@ def test_wrong_shapes_names_and_versions_are_named(folder: CheckpointFolder) -> 
             reader.check_names(set(SHAPES) - {"conv"})
     values = json.loads((path / "manifest.json").read_text()) | {"version": 99}
     (path / "manifest.json").write_text(json.dumps(values))
-    (path / "manifest.sha256").write_text(files.sha256_file(path / "manifest.json"))
+    (path / "manifest.sha256").write_text(sha256_file(path / "manifest.json"))
     with pytest.raises(CheckpointError, match="version 99, this program reads 1"):
         read_manifest(path)
 
@@ -180,6 +216,25 @@ def test_a_tensor_with_a_piece_missing_is_never_half_read(folder: CheckpointFold
         reader.manifest.tensors[name] = entry.model_copy(update={"pieces": entry.pieces[1:]})
         with pytest.raises(CheckpointError, match=r"parameter/layer.weight: read \d+ of 15 elements"):
             reader.parameters()
+
+
+def test_what_is_not_finite_is_refused_by_name_and_number(folder: CheckpointFolder) -> None:
+    values = tensors(1)
+    values["conv"][1].view(-1)[3:5] = torch.tensor([torch.nan, torch.inf])
+    save_module.save(folder.at(1), 1, slices(values), {})
+    with (
+        CheckpointReader(folder.at(1)) as reader,
+        pytest.raises(CheckpointError, match="exp_avg/conv holds 2 elements that are not finite"),
+    ):
+        reader.fill_slices([LocalSlice("conv", SHAPES["conv"], 0, *(torch.zeros(12) for _ in range(3)))])
+
+
+def test_a_file_that_the_manifest_does_not_list_is_told_and_not_read(
+    folder: CheckpointFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    (write(folder, 1) / "model.pt").write_bytes(b"\x80\x04")
+    assert folder.newest_whole() == folder.at(1)
+    assert "holds model.pt, which its manifest does not list; not read" in caplog.text
 
 
 def test_retention_keeps_the_newest_by_number(folder: CheckpointFolder) -> None:

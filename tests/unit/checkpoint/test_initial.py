@@ -43,6 +43,10 @@ def model(num_rows: int, *settings: str) -> nn.Module:
     return build_model(config, num_rows, torch.device("cpu"))
 
 
+def start(model: nn.Module, source: Path) -> Path:
+    return start_from(model, source, {name for name, _ in model.named_parameters()})
+
+
 @pytest.mark.usefixtures("alone")
 def test_every_weight_and_more_or_fewer_rows_of_the_vocabulary(trained: Path) -> None:
     expected = weights(trained)
@@ -50,7 +54,7 @@ def test_every_weight_and_more_or_fewer_rows_of_the_vocabulary(trained: Path) ->
     for wanted in (num_rows, num_rows + 64, num_rows - 64):
         fresh, filled = (dict(model(wanted).named_parameters()) for _ in range(2))
         there = model(wanted)
-        assert start_from(there, trained).name == "step-00000002"
+        assert start(there, trained).name == "step-00000002"
         filled = dict(there.named_parameters())
         for name, tensor in expected.items():
             common = min(len(tensor), len(filled[name]))
@@ -63,16 +67,61 @@ def test_what_does_not_fit_is_named(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(
         CheckpointError, match=r"embedding\.word\.weight has shape \(\d+, 64\), the model expects \(256, 32\)"
     ):
-        start_from(model(256, "model.d_model=32"), trained)
+        start(model(256, "model.d_model=32"), trained)
     with pytest.raises(CheckpointError, match="lacks"):
-        start_from(model(256, "model.num_layers=3"), trained)
+        start(model(256, "model.num_layers=3"), trained)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
-        start_from(model(256), tmp_path / "nothing")
+        start(model(256), tmp_path / "nothing")
 
 
-def test_a_run_starts_there_and_continues_from_its_own(trained: Path, corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("num_ranks", "layout"), [(1, "zero.stage=1"), (2, "parallel.pipeline=2")])
+def test_a_run_starts_there_and_continues_from_its_own(
+    trained: Path, corpus: Path, tmp_path: Path, num_ranks: int, layout: str
+) -> None:
     settings = [f"data.train={corpus}", *SETTINGS, "evaluation.every=1", "optimizer.lr=1e-30"]
-    run_ranks(1, train, tmp_path / "run", [*settings, f"checkpoint.init_from={trained}"])
+    run_ranks(num_ranks, train, tmp_path / "run", [*settings, layout, f"checkpoint.init_from={trained}"])
     assert rows(tmp_path / "run", "eval/loss")[0] == pytest.approx(rows(trained, "eval/loss")[-1], rel=1e-6)
     run_ranks(1, train, tmp_path / "run", [*settings, "checkpoint.init_from=nowhere", "training.steps=3"])
     assert rows(tmp_path / "run", "eval/loss") == pytest.approx([rows(trained, "eval/loss")[-1]] * 3, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def light(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUN/weights of a run on two ranks that divided every tensor."""
+    run = tmp_path_factory.mktemp("light") / "run"
+    layout = ["zero.stage=3", "training.micro_batch_size=2", "checkpoint.weights_at_end=true"]
+    run_ranks(2, train, run, [f"data.train={corpus}", *SETTINGS, *layout])
+    return run / "weights"
+
+
+def test_weights_alone_are_those_of_the_run_in_a_third_of_the_space(light: Path) -> None:
+    expected, found = weights(light.parent), weights(light)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    sizes = [
+        sum(file.stat().st_size for file in (run / "checkpoints").rglob("*.safetensors"))
+        for run in (light, light.parent)
+    ]
+    assert sizes[0] == pytest.approx(sizes[1] / 3, rel=0.1)
+    assert not list(light.parent.glob(".weights*"))
+
+
+def evaluated(run: Path, data: Path) -> float:
+    from hydra_scale.evaluation.run import evaluate_run
+
+    return evaluate_run(run, data).loss
+
+
+def test_weights_alone_are_evaluated_converted_and_started_from(light: Path, corpus: Path, tmp_path: Path) -> None:
+    from hydra_scale.convert.convert import convert
+
+    assert run_ranks(1, evaluated, light, corpus) == pytest.approx(rows(light, "eval/loss")[-1:], rel=1e-6)
+    assert convert("run", "public-hydra", light, tmp_path / "public.safetensors") < 1e-5
+    settings = [f"data.train={corpus}", *SETTINGS, "evaluation.every=1", "optimizer.lr=1e-30"]
+    run_ranks(1, train, tmp_path / "run", [*settings, f"checkpoint.init_from={light}"])
+    assert rows(tmp_path / "run", "eval/loss")[0] == pytest.approx(rows(light, "eval/loss")[-1], rel=1e-6)
+
+
+def test_training_does_not_go_on_from_weights_alone(light: Path, corpus: Path) -> None:
+    with pytest.raises(AssertionError, match=r"holds weights and no moments.*checkpoint\.init_from"):
+        run_ranks(1, train, light, [f"data.train={corpus}", *SETTINGS, "training.steps=3"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 
@@ -177,6 +179,24 @@ def test_tokenizers_give_the_ids_of_training(prose: Path, tmp_path: Path, option
         text = file.read_text()
         assert twin.encode(text).ids == ours.encode([ours.normalise(text)])[0].tolist()
         assert twin.decode(twin.encode(text).ids) == ours.decode(ours.encode([ours.normalise(text)])[0])
+
+
+@pytest.mark.parametrize("options", TOKENIZERS[1:3], ids=["bpe", "bytes"])
+def test_any_text_gets_the_ids_of_training(prose: Path, tmp_path: Path, options: dict[str, object]) -> None:
+    """2,000 strings of characters from all of Unicode; a unigram model may order ties otherwise, see tokenizer_json."""
+    ours = Tokenizer.load(prepared(prose, tmp_path / "data", **options) / "tokenizer")
+    twin, draw = tokenizer_json(ours), random.Random(5)
+    ranges = [(0x20, 0x7E), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF), (0x2000, 0x206F), (0x3040, 0x9FFF),
+              (0xAC00, 0xD7A3), (0xFB00, 0xFFFD), (0x1F300, 0x1FAFF)]  # fmt: skip
+    for _ in range(2000):
+        text = "".join(chr(draw.randint(*draw.choice(ranges))) for _ in range(draw.randint(0, 30)))
+        assert twin.encode(text).ids == ours.encode([ours.normalise(text)])[0].tolist(), ascii(text)
+
+
+def test_the_tokenizer_needs_no_code_of_the_folder(exported: tuple[Path, Path], data: Path) -> None:
+    ours, text = Tokenizer.load(data / "tokenizer"), "the end of\ta ﬁne film"
+    tokenizer = AutoTokenizer.from_pretrained(exported[1], trust_remote_code=False)
+    assert tokenizer(text).input_ids == ours.encode([ours.normalise(text)])[0].tolist()
 
 
 def test_special_tokens_reach_the_folder(exported: tuple[Path, Path]) -> None:

@@ -1,0 +1,155 @@
+"""Finished checkpoints copied behind a URL while training goes on, and fetched from there into an empty run folder.
+
+A checkpoint there is visible once its manifest is, which is written last and deleted first. Nothing here ends a run but
+what is asked of it at its start: an upload that fails is a warning, the checkpoint on disk is whole.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+
+from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, publish
+from hydra_scale.checkpoint.folder import CheckpointFolder
+from hydra_scale.checkpoint.manifest import read_manifest, verify_files
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
+from hydra_scale.remote import ATTEMPTS, file_system, may_pass
+
+log = logging.getLogger(__name__)
+_WAIT = wait_exponential_jitter(initial=1, max=30)
+_NAME = re.compile(r"step-(\d{8})")
+
+
+class RemoteCheckpoints:
+    """URL/step-00001000 and the like. One process of a job uses it."""
+
+    def __init__(self, address: str, keep: int | None) -> None:
+        """`keep` is how many stay there; None: all.
+
+        Raises:
+            ConfigError, EnvironmentFault: the URL cannot be used here.
+        """
+        self._address, self._keep = address, keep
+        self._files, self._root = file_system(address, ConfigError)
+        self._thread = ThreadPoolExecutor(1, "upload")
+        self._uploads: list[Future[str | None]] = []
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are visible there, oldest first.
+
+        Raises:
+            EnvironmentFault: the store does not answer.
+        """
+        try:
+            return self._steps()
+        except OSError as error:
+            raise EnvironmentFault(f"{self._address}: cannot be listed after {ATTEMPTS} attempts: {error}") from None
+
+    def begin(self, folder: Path) -> None:
+        """Upload a published checkpoint, after those begun before it."""
+        self._uploads.append(self._thread.submit(self._told, folder))
+
+    def tell(self) -> None:
+        """Log the failures of uploads that have ended since the last call."""
+        ended = [upload for upload in self._uploads if upload.done() and not upload.cancelled()]
+        self._uploads = [upload for upload in self._uploads if upload not in ended]
+        for upload in ended:
+            if problem := upload.result():
+                log.warning("%s", problem)
+
+    def close(self, *, wait: bool) -> None:
+        """End the thread, with `wait` after all uploads; otherwise after the one under way."""
+        self._thread.shutdown(cancel_futures=not wait)
+        self.tell()
+
+    def fetch_newest(self, target: CheckpointFolder) -> Path | None:
+        """Copy the newest whole checkpoint from there into `target`; None if none is visible there.
+
+        Raises:
+            CheckpointError: there are some and none is whole.
+            EnvironmentFault: the store does not answer.
+        """
+        steps, problems = self.steps(), []
+        for step in reversed(steps):
+            final = target.at(step)
+            aside = final.with_name(f".{final.name}.writing")
+            try:
+                self._fetch(final.name, aside)
+            except CheckpointError as error:
+                problems.append(str(error))
+                log.warning("damaged checkpoint passed over: %s", error)
+                continue
+            except OSError as error:
+                raise EnvironmentFault(f"{self._address}/{final.name}: cannot be fetched: {error}; try again") from None
+            publish(aside, final)
+            log.info("%s: fetched from %s", final, self._address)
+            return final
+        if problems:
+            raise CheckpointError(f"{self._address}: {len(problems)} checkpoints and none is whole: {problems[0]}")
+        return None
+
+    def _fetch(self, name: str, aside: Path) -> None:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+
+        def get(file: str) -> None:
+            try:
+                _retried(partial(self._files.get_file, f"{self._root}/{name}/{file}", str(aside / file)))
+            except FileNotFoundError:
+                raise CheckpointError(f"{self._address}/{name}/{file}: missing") from None
+
+        for file in (MANIFEST, MANIFEST_HASH):
+            get(file)
+        manifest = read_manifest(aside)
+        manifest.check_whole(aside)
+        for file in manifest.files:
+            if Path(file).name != file:
+                raise CheckpointError(f"{self._address}/{name}: its manifest lists {file!r}, not the name of a file")
+            get(file)
+        verify_files(aside, manifest)
+
+    def _told(self, folder: Path) -> str | None:
+        """Upload and delete what is too many; what went wrong, or None."""
+        try:
+            self._upload(folder)
+            for step in self._steps()[: -self._keep] if self._keep else ():
+                self._delete(f"step-{step:08d}")
+        except Exception as error:  # whatever it is, training goes on and says so
+            return f"{folder.name} is not at {self._address}: {error!r}; it stays whole in {folder.parent}"
+        return None
+
+    def _upload(self, folder: Path) -> None:
+        target = f"{self._root}/{folder.name}"
+        if _retried(partial(self._files.exists, f"{target}/{MANIFEST}")):
+            self._delete(folder.name)
+        _retried(partial(self._files.makedirs, target, exist_ok=True))
+        for name in (*read_manifest(folder).files, MANIFEST_HASH, MANIFEST):
+            _retried(partial(self._files.put_file, str(folder / name), f"{target}/{name}"))
+
+    def _delete(self, name: str) -> None:
+        _retried(partial(self._files.rm_file, f"{self._root}/{name}/{MANIFEST}"))
+        _retried(partial(self._files.rm, f"{self._root}/{name}", recursive=True))
+
+    def _steps(self) -> list[int]:
+        self._files.invalidate_cache()
+        try:
+            found = _retried(partial(self._files.ls, self._root, detail=False))
+        except FileNotFoundError:
+            return []
+        names = [match for path in found if (match := _NAME.fullmatch(path.rstrip("/").rpartition("/")[2]))]
+        visible = [
+            name for name in names if _retried(partial(self._files.exists, f"{self._root}/{name[0]}/{MANIFEST}"))
+        ]
+        return sorted(int(name[1]) for name in visible)
+
+
+def _retried(call: Callable[[], Any]) -> Any:
+    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=_WAIT, retry=retry_if_exception(may_pass), reraise=True)(
+        call
+    )

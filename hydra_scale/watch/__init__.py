@@ -1,0 +1,1 @@
+"""Watching a run from within: heartbeats of all ranks, who holds the others up, who is slow."""

@@ -1,0 +1,46 @@
+"""A rank that computes more slowly than the others is named while the run goes on, with the same results."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ranks import run_ranks
+from runs import TINY, assert_same_run, train
+
+SETTINGS = ["training.steps=24", "monitor.console_every=4", "watchdog.slow_for=2", "evaluation.every=24"]
+
+
+def test_a_slow_rank_is_named_once(corpus: Path, tmp_path: Path) -> None:
+    settings = [f"data.train={corpus}", *SETTINGS]
+    run_ranks(2, train, tmp_path / "undisturbed", [*settings, "watchdog.slow_rank=0"])
+    run_ranks(2, train_slowly, tmp_path / "run", settings)
+    assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    (slow,) = [line for line in lines if "slow_rank" in line]
+    assert (slow["step"], slow["slow_rank"]) == (8, 1) and slow["speed"] < 0.7
+    assert "rank 1 on " in (tmp_path / "run" / "train.log").read_text()
+
+
+def train_slowly(run_dir: Path, overrides: list[str]) -> None:
+    """Rank 1 sleeps in each forward pass."""
+    from hydra_scale.config_file import load_config
+    from hydra_scale.training import pretrain
+
+    build = pretrain.build_model
+
+    def build_slow(*args: Any) -> Any:
+        model = build(*args)
+        forward = model.forward
+
+        def slow(*inputs: Any, **named: Any) -> Any:
+            time.sleep(0.2)
+            return forward(*inputs, **named)
+
+        model.forward = slow  # type: ignore[method-assign]
+        return model
+
+    if os.environ["RANK"] == "1":
+        pretrain.build_model = build_slow
+    pretrain.pretrain(load_config(TINY, overrides), run_dir)
