@@ -21,7 +21,7 @@ from hydra_scale.run_marks import RunMarks
 log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
-    "parallel.", "zero.", "checkpoint.", "monitor.", "watchdog.", "evaluation.", "data.train", "data.eval",
+    "parallel.", "zero.", "checkpoint.", "monitor.", "watchdog.", "numerics.", "evaluation.", "data.train", "data.eval",
     "data.cache", "training.micro_batch_size", "training.steps", "training.recompute.", "training.cuda_graphs",
     "model.mixer.backend", "model.mixer.chunk_size",
 )  # fmt: skip

@@ -20,9 +20,9 @@ def train(run_dir: Path, overrides: list[str]) -> None:
 
 
 def rows(run_dir: Path, key: str) -> list[float]:
-    """One number a step (or evaluation) from metrics.jsonl; notes of early stops and slow ranks are left out."""
+    """One number a step (or evaluation) from metrics.jsonl, without notes of stops, slow ranks and skipped steps."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line and not {"stopped", "slow_rank"} & line.keys()]
+    return [line[key] for line in lines if key in line and not {"stopped", "slow_rank", "skipped"} & line.keys()]
 
 
 def ledger(run_dir: Path) -> list[dict[str, Any]]:

@@ -7,6 +7,7 @@ This room only defines the settings; `hydra_scale.config_file` reads and writes 
 from hydra_scale.config.data import DataConfig, MaskingConfig, SourceConfig
 from hydra_scale.config.keeping import CheckpointConfig, MonitorConfig
 from hydra_scale.config.model import AttentionConfig, MixerConfig, MlpConfig, ModelConfig
+from hydra_scale.config.numerics import NumericsConfig
 from hydra_scale.config.parallel import ParallelConfig, ZeroConfig
 from hydra_scale.config.run import Config
 from hydra_scale.config.section import PositiveInt, Section
@@ -30,6 +31,7 @@ __all__ = [
     "MlpConfig",
     "ModelConfig",
     "MonitorConfig",
+    "NumericsConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PositiveInt",

@@ -5,6 +5,7 @@ from pydantic import model_validator
 from hydra_scale.config.data import DataConfig
 from hydra_scale.config.keeping import CheckpointConfig, MonitorConfig
 from hydra_scale.config.model import ModelConfig
+from hydra_scale.config.numerics import NumericsConfig
 from hydra_scale.config.parallel import ParallelConfig, ZeroConfig
 from hydra_scale.config.section import Section
 from hydra_scale.config.training import (
@@ -30,6 +31,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     monitor: MonitorConfig = MonitorConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    numerics: NumericsConfig = NumericsConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -37,6 +39,8 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}; at most training.steps = {self.training.steps}"
             )
+        if self.numerics.check_replicas_every is not None and self.zero.stage == 3:
+            raise ValueError("numerics.check_replicas_every is set and zero.stage is 3, which keeps no replicas")
         if self.model.position_embedding == "learned" and self.data.seqlen > self.model.max_positions:
             raise ValueError(f"data.seqlen is {self.data.seqlen}; model.max_positions is {self.model.max_positions}")
         return self

@@ -69,6 +69,20 @@ class Monitor:
         ):
             log.info("step %d/%d  %s", step, self._config.training.steps, describe(row))
 
+    def skipped(self, step: int, result: StepResult) -> None:
+        """Record a training step that made no update, for its gradient is not finite."""
+        if not self._topology.is_main:
+            return
+        batch_size = self._config.training.global_batch_size
+        sequences = [(step - 1) * batch_size, step * batch_size - 1]
+        _append(self._ledger_stream, {"step": step, "documents": self._ledger(step)})
+        _append(self._metrics, {"step": step, "skipped": f"loss {result.loss}", "sequences": sequences})
+        log.warning(
+            "step %d/%d  no update: loss %s, gradient norm %s; sequences %d to %d of the run",
+            step, self._config.training.steps, result.loss, result.grad_norm, *sequences,
+        )  # fmt: skip
+        self._last_time = time.perf_counter()
+
     def evaluation(self, step: int, score: MaskedLmScore) -> None:
         """Record an evaluation after `step`."""
         if not self._topology.is_main:

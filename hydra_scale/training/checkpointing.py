@@ -12,7 +12,7 @@ from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.save import Saver
 from hydra_scale.checkpoint.upload import RemoteCheckpoints
 from hydra_scale.config import Config
-from hydra_scale.errors import CheckpointError, HydraScaleError
+from hydra_scale.errors import CheckpointError, HydraScaleError, NumericsFault
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import Topology
@@ -40,6 +40,8 @@ class Checkpointing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if isinstance(error, NumericsFault):  # on all ranks alike; what is being saved is of before
+            self._published(self._saver.finish())
         self._saver.__exit__(kind, error, trace)
         if self._remote is not None:
             self._remote.close(wait=error is None)

@@ -20,6 +20,7 @@ from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
 from hydra_scale.training.assembly import assembled
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
+from hydra_scale.training.guard import NumericsGuard
 from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
 from hydra_scale.training.step_edge import StepEdge
@@ -90,6 +91,7 @@ def _loop(
     model: MaskedLanguageModel,
     optimizer: ZeroOptimizer,
 ) -> StopReason:
+    guard = NumericsGuard(model, config, topology)
     times = ComputeTimes(model, topology, config.watchdog, config.monitor.console_every)
     names = names_of_all_stages(model, topology)
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
@@ -116,9 +118,13 @@ def _loop(
             step = index + 1  # the batch of index i makes optimizer step i + 1
             watchdog.enter("step", step)
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
-            result = train_step(optimizer, micro_batches, step, lr, config, topology)
+            guard.check_replicas(step)
+            result = train_step(optimizer, micro_batches, lr, config, topology)
             tokens += result.num_tokens
-            monitor.step(step, tokens, lr, result)
+            if guard.skips(step, result):
+                monitor.skipped(step, result)
+            else:
+                monitor.step(step, tokens, lr, result)
             for slow in times.after(step):
                 monitor.slow_rank(step, slow.rank, times.hosts[slow.rank], slow.speed)
             stop = edge.stop_reason()

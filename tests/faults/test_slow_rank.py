@@ -26,9 +26,9 @@ def test_a_slow_rank_is_named_once(corpus: Path, tmp_path: Path) -> None:
 def train_slowly(run_dir: Path, overrides: list[str]) -> None:
     """Rank 1 sleeps in each forward pass."""
     from hydra_scale.config_file import load_config
-    from hydra_scale.training import pretrain
+    from hydra_scale.training import assembly, pretrain
 
-    build = pretrain.build_model
+    build = assembly.build_model
 
     def build_slow(*args: Any) -> Any:
         model = build(*args)
@@ -42,5 +42,5 @@ def train_slowly(run_dir: Path, overrides: list[str]) -> None:
         return model
 
     if os.environ["RANK"] == "1":
-        pretrain.build_model = build_slow
+        assembly.build_model = build_slow
     pretrain.pretrain(load_config(TINY, overrides), run_dir)

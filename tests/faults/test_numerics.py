@@ -1,0 +1,123 @@
+"""Numbers that go wrong on one rank: all ranks decide alike, and what is kept is what was right."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from runs import ledger, rows, train
+from safetensors import safe_open
+
+from hydra_scale.run_folder import RunFolder
+
+SETTINGS = [
+    "training.steps=8", "training.micro_batch_size=2", "checkpoint.every=1", "checkpoint.keep=9", "evaluation.every=8",
+]  # fmt: skip
+BAD = 4
+
+
+def state(run: Path, step: int) -> dict[str, torch.Tensor]:
+    """Parameters and moments as the files of a checkpoint hold them."""
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(RunFolder(run).checkpoints.at(step).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {f"{path.name} {name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def same(run: Path, one: int, other: int) -> bool:
+    first, second = state(run, one), state(run, other)
+    assert first and first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: int) -> str:
+    """The gradients of the last rank are NaN in steps first to last; returns the error, if one ends the run."""
+    from hydra_scale.errors import NumericsFault
+    from hydra_scale.parallel.zero import ZeroOptimizer
+
+    accumulate, calls = ZeroOptimizer.accumulate, 0
+
+    def disturbed(self: Any, batches: Any, scale: float) -> Any:
+        nonlocal calls
+        calls += 1
+        is_hit = first <= calls <= last and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return accumulate(self, batches, float("nan") if is_hit else scale)
+
+    ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
+    try:
+        train(run, overrides)
+    except NumericsFault as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(
+    "layout", ["zero.stage=1", "zero.stage=3", "parallel.tensor=2", "parallel.pipeline=2 training.precision=bf16"]
+)
+def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, layout: str) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *layout.split(), "numerics.non_finite=skip"]
+    assert run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD) == ["", ""]
+    assert same(run, BAD - 1, BAD) and not same(run, BAD, BAD + 1)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert (skipped["step"], skipped["sequences"]) == (BAD, [24, 31])
+    assert rows(run, "lr") and len(rows(run, "loss")) == 7
+    assert [row["step"] for row in ledger(run)] == list(range(1, 9))
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "numerics.non_finite=skip"]
+    errors = run_ranks(2, train_with_bad_gradients, run, [*settings, "numerics.max_skips=2"], BAD, 8)
+    assert all(error.startswith("step 6: ") and "3 steps in a row" in error for error in errors)
+    assert same(run, BAD - 1, BAD + 1)
+
+
+def test_a_bad_step_ends_the_run_and_the_save_before_it_is_finished(corpus: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
+    errors = run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD)
+    assert all(error.startswith(f"step {BAD}: loss ") and "sequences 24 to 31" in error for error in errors)
+    assert RunFolder(run).checkpoints.steps() == list(range(1, BAD))
+    run_ranks(2, train, run, settings)
+    run_ranks(2, train, tmp_path / "undisturbed", settings)
+    assert rows(run, "loss") == rows(tmp_path / "undisturbed", "loss")
+
+
+def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:
+    """One bit of one weight of rank 1 is another before step 6."""
+    from hydra_scale.errors import NumericsFault
+    from hydra_scale.training.guard import NumericsGuard
+
+    check = NumericsGuard.check_replicas
+
+    def disturbed(self: Any, step: int) -> None:
+        if step == 6 and os.environ["RANK"] == "1":
+            weight = dict(self._model.named_parameters())["encoder.layers.1.norm.weight"]
+            weight.data.view(torch.int32)[5] ^= 1 << 3
+        check(self, step)
+
+    NumericsGuard.check_replicas = disturbed  # type: ignore[method-assign]
+    try:
+        train(run, overrides)
+    except NumericsFault as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("num_ranks", "named"), [(2, "rank 0 or rank 1 has"), (3, "rank 1 has")])
+def test_a_rank_with_other_weights_is_named(corpus: Path, tmp_path: Path, num_ranks: int, named: str) -> None:
+    settings = [f"data.train={corpus}", *SETTINGS, "training.global_batch_size=12", "numerics.check_replicas_every=2"]
+    errors = run_ranks(num_ranks, train_with_a_flipped_bit, tmp_path / "run", settings)
+    assert len(set(errors)) == 1
+    assert errors[0].startswith(f"before step 6: {named} other weights")
+    assert "in 1 tensors, the first encoder.layers.1.norm.weight" in errors[0]
+
+
+@pytest.mark.parametrize("layout", ["zero.stage=2", "parallel.context=2", "parallel.tensor=2"])
+def test_replicas_stay_equal(corpus: Path, tmp_path: Path, layout: str) -> None:
+    settings = [f"data.train={corpus}", *SETTINGS, *layout.split(), "numerics.check_replicas_every=1"]
+    run_ranks(4 if "tensor" in layout else 2, train, tmp_path / "run", settings)
+    assert len(rows(tmp_path / "run", "loss")) == 8
