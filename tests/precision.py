@@ -34,7 +34,7 @@ def dtypes_of_a_step(stage: int, precision: str) -> dict[str, str]:
         model.head.dense.register_forward_hook(note("head"))
         model.embedding.word.weight.register_hook(lambda grad: seen.update(gradient=str(grad.dtype)))
         batch = random_batch(VOCAB_SIZE, 2, 24)
-        train_step(optimizer, [batch], 1e-3, config, topology)
+        train_step(optimizer, [batch], 1e-3, topology)
         seen["weight"] = str(next(optimizer.local_slices()).parameter.dtype)
     return seen
 

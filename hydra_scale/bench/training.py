@@ -159,7 +159,7 @@ def optimizer_steps(
 ) -> Iterator[Callable[[], StepResult]]:
     """Pretraining's step on the same micro batches, again and again; `change` may exchange parts of the fresh model."""
     with assembled(config, vocab_size, topology, change) as (_, optimizer):
-        yield lambda: train_step(optimizer, batches, config.optimizer.lr, config, topology)
+        yield lambda: train_step(optimizer, batches, config.optimizer.lr, topology)
 
 
 @contextmanager

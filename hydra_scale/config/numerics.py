@@ -1,6 +1,8 @@
 """Settings of the guard over the numbers: what happens when they go wrong."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from hydra_scale.config.section import PositiveInt, Section
 
@@ -11,6 +13,14 @@ class NumericsConfig(Section):
     non_finite: Literal["stop", "skip"] = "stop"
     """Of a step whose gradient norm is not finite no update is made. stop: the run ends with exit code 7 and names the
     sequences; skip: it goes on with the next batch, the sequences noted in metrics.jsonl."""
+    spike: Literal["ignore", "stop", "skip"] = "ignore"
+    """Of a step whose loss lies above median + spike_factor * 1.4826 * max(MAD, median / 1000) of the last spike_window
+    losses, MAD being their median distance from the median: no update is made, and stop or skip as above. Unless it is
+    ignored, the host waits for the loss before it starts the update."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """Losses of made updates that a loss is compared with; nothing is a spike before there are so many."""
+    spike_factor: Annotated[float, Field(gt=0.0)] = 10.0
+    """How many standard deviations above the median a loss may lie, were the losses normally distributed."""
     max_skips: PositiveInt = 3
     """So many steps in a row may be skipped; one more ends the run."""
     check_replicas_every: PositiveInt | None = None

@@ -69,18 +69,16 @@ class Monitor:
         ):
             log.info("step %d/%d  %s", step, self._config.training.steps, describe(row))
 
-    def skipped(self, step: int, result: StepResult) -> None:
-        """Record a training step that made no update, for its gradient is not finite."""
+    def skipped(self, step: int, result: StepResult, why: str) -> None:
+        """Record a training step that made no update."""
         if not self._topology.is_main:
             return
         batch_size = self._config.training.global_batch_size
         sequences = [(step - 1) * batch_size, step * batch_size - 1]
         _append(self._ledger_stream, {"step": step, "documents": self._ledger(step)})
-        _append(self._metrics, {"step": step, "skipped": f"loss {result.loss}", "sequences": sequences})
-        log.warning(
-            "step %d/%d  no update: loss %s, gradient norm %s; sequences %d to %d of the run",
-            step, self._config.training.steps, result.loss, result.grad_norm, *sequences,
-        )  # fmt: skip
+        note = {"step": step, "skipped": why, "loss": str(result.loss), "sequences": sequences}  # NaN is not JSON
+        _append(self._metrics, note)
+        log.warning("step %d/%d  no update: %s", step, self._config.training.steps, why)
         self._last_time = time.perf_counter()
 
     def evaluation(self, step: int, score: MaskedLmScore) -> None:

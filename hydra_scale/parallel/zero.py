@@ -67,6 +67,9 @@ class ZeroOptimizer:
         self._device = topology.accelerator.device
         self._autocast = partial(topology.accelerator.autocast, config.training.precision)
         self._is_stage_3 = config.zero.stage == 3
+        self._discards = False
+        norms = "_get_norm_groups" if self._is_stage_3 else "scaled_global_norm"
+        setattr(self._zero, norms, partial(self._norms_or_invalid, getattr(self._zero, norms)))
         if self._device.type == "cuda" and not self._is_stage_3:
             self._zero.get_grad_norm_direct = partial(_norm_in_one, self._zero.get_grad_norm_direct)
         self._pipeline = Pipeline(model, config, topology) if topology.stage.size > 1 else None
@@ -105,12 +108,27 @@ class ZeroOptimizer:
         self._engine.train()
         return scores
 
-    def step(self, lr: float) -> float:
-        """Clip, update with learning rate `lr`, forget the gradients; returns the norm before clipping."""
+    def step(self, lr: float, discard: bool = False) -> float:
+        """Clip, update with learning rate `lr`, forget the gradients; returns the norm before clipping.
+
+        With a norm that is not finite, or `discard`, which all ranks ask for alike, there is no update and the norm
+        returned is infinite.
+        """
+        self._discards = discard
         for group in self._zero.param_groups:
             group["lr"] = lr
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        if self._is_stage_3 and norm == float("inf") and (persistent := self._zero.persistent_parameters):
+            persistent[0].all_gather(persistent)  # as after an update; DeepSpeed forgets it when it makes none
+        return norm
+
+    def _norms_or_invalid(self, norms: Callable[[], Any]) -> Any:
+        """What DeepSpeed takes for the gradient norm, or norms: -1 is how it marks one that is not finite."""
+        found = norms()
+        if not self._discards:
+            return found
+        return [torch.full_like(norm, -1.0) for norm in found] if self._is_stage_3 else torch.full_like(found, -1.0)
 
     def close(self) -> None:
         """Take DeepSpeed's hooks off the parameters; no step can follow."""
@@ -120,9 +138,9 @@ class ZeroOptimizer:
         """The slices of all parameters that this rank owns; views, so writing to them changes the optimizer."""
         return (part for part, _ in self._slices_with_weights())
 
-    def prepare_load(self, step: int) -> None:
-        """Make moments to be filled through `local_slices`; call `finish_load` afterwards."""
-        self._seed_state(step)
+    def prepare_load(self, num_updates: int) -> None:
+        """Make moments of `num_updates` updates to be filled through `local_slices`; call `finish_load` afterwards."""
+        self._seed_state(num_updates)
 
     def finish_load(self) -> None:
         """Carry freshly written fp32 slices into the weights that the model computes with."""

@@ -46,8 +46,9 @@ class Checkpointing:
         if self._remote is not None:
             self._remote.close(wait=error is None)
 
-    def restore(self, parameter_names: set[str]) -> tuple[int, int]:
-        """Load the newest whole checkpoint; returns its step and the tokens trained on, (0, 0) if there is none.
+    def restore(self, parameter_names: set[str]) -> tuple[int, int, dict[str, Any]]:
+        """Load the newest whole checkpoint; returns its step, the tokens trained on and the guard's
+        state; zeros and nothing if there is none.
 
         Raises:
             CheckpointError: no whole checkpoint among those there, or it is of another model or other data.
@@ -56,7 +57,7 @@ class Checkpointing:
         if folder is None:
             log.info("%s: no checkpoint yet, starting at step 0", self._run.path)
             self._optimizer.check_slices()
-            return 0, 0
+            return 0, 0, {}
         with CheckpointReader(folder) as reader:
             state = reader.manifest.state
             if state["data"] != self._data_fingerprint:
@@ -66,14 +67,17 @@ class Checkpointing:
                 )
             reader.check_names(parameter_names)
             reader.check_moments()
-            self._optimizer.prepare_load(reader.manifest.step)
+            numerics = state.get("numerics", {})
+            self._optimizer.prepare_load(reader.manifest.step - numerics.get("skipped", 0))
             reader.fill_slices(self._optimizer.local_slices())
         self._optimizer.finish_load()
         self._optimizer.check_slices()
         log.info("continuing from %s", folder)
-        return reader.manifest.step, state["tokens"]
+        return reader.manifest.step, state["tokens"], numerics
 
-    def save(self, step: int, tokens: int, may_publish: Callable[[], None], *, wait: bool) -> list[int]:
+    def save(
+        self, step: int, tokens: int, numerics: dict[str, Any], may_publish: Callable[[], None], *, wait: bool
+    ) -> list[int]:
         """Begin to save `step`, once a save under way has ended; with `wait`, return when it is published.
 
         Returns the steps published meanwhile. The oldest beyond those to keep are deleted after each.
@@ -82,7 +86,7 @@ class Checkpointing:
             CheckpointError: on all ranks; either save failed, or `may_publish` raised.
         """
         published = self._published(self._saver.finish())
-        state: dict[str, Any] = {"tokens": tokens, "data": self._data_fingerprint}
+        state: dict[str, Any] = {"tokens": tokens, "data": self._data_fingerprint, "numerics": numerics}
         self._saver.begin(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state, may_publish)
         if wait or not self._asynchronous:
             published += self._published(self._saver.finish())

@@ -91,11 +91,11 @@ def _loop(
     model: MaskedLanguageModel,
     optimizer: ZeroOptimizer,
 ) -> StopReason:
-    guard = NumericsGuard(model, config, topology)
     times = ComputeTimes(model, topology, config.watchdog, config.monitor.console_every)
     names = names_of_all_stages(model, topology)
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
-    first_step, tokens = checkpointing.restore(names)
+    first_step, tokens, numerics = checkpointing.restore(names)
+    guard = NumericsGuard(model, config, topology, numerics)
     on_main_rank(lambda: run.rewind_logs(first_step))
     if first_step >= config.training.steps:
         log.info("%s: has all %d steps already", run.path, config.training.steps)
@@ -119,10 +119,10 @@ def _loop(
             watchdog.enter("step", step)
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
             guard.check_replicas(step)
-            result = train_step(optimizer, micro_batches, lr, config, topology)
+            result = train_step(optimizer, micro_batches, lr, topology, guard.allows)
             tokens += result.num_tokens
-            if guard.skips(step, result):
-                monitor.skipped(step, result)
+            if why := guard.skips(step, result):
+                monitor.skipped(step, result, why)
             else:
                 monitor.step(step, tokens, lr, result)
             for slow in times.after(step):
@@ -135,7 +135,7 @@ def _loop(
             published = checkpointing.poll()
             last = step == num_steps or bool(stop)
             if step % config.checkpoint.every == 0 or last:
-                published += checkpointing.save(step, tokens, edge.check_held, wait=last)
+                published += checkpointing.save(step, tokens, guard.state, edge.check_held, wait=last)
             for saved in published:
                 monitor.checkpoint(saved)
             watchdog.enter("data", step + 1)

@@ -45,7 +45,7 @@ def counted(overrides: list[str]) -> dict[str, Any]:
             dist.isend = counted_isend  # this schedule sends one by one
         else:
             dist.batch_isend_irecv = counted_batch
-        train_step(optimizer, batches, 1e-3, config, topology)
+        train_step(optimizer, batches, 1e-3, topology)
         slices = list(optimizer.local_slices())
         needed = stage_memory(layout, topology.stage)
         held = sum(p.numel() for p in model.parameters())

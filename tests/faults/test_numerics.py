@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ranks import run_ranks
-from runs import ledger, rows, train
+from runs import ledger, rows, train, weights
 from safetensors import safe_open
 
 from hydra_scale.run_folder import RunFolder
@@ -84,6 +85,71 @@ def test_a_bad_step_ends_the_run_and_the_save_before_it_is_finished(corpus: Path
     run_ranks(2, train, run, settings)
     run_ranks(2, train, tmp_path / "undisturbed", settings)
     assert rows(run, "loss") == rows(tmp_path / "undisturbed", "loss")
+
+
+def train_with_a_spike(run: Path, overrides: list[str], call: int) -> str:
+    """The loss of the given step from here on is ten times what it is, its gradients are not."""
+    from hydra_scale.errors import NumericsFault
+    from hydra_scale.parallel.zero import ZeroOptimizer
+
+    accumulate, calls = ZeroOptimizer.accumulate, 0
+
+    def disturbed(self: Any, batches: Any, scale: float) -> Any:
+        nonlocal calls
+        calls += 1
+        sums = accumulate(self, batches, scale)
+        if calls == call:
+            sums[0] *= 10
+        return sums
+
+    ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
+    try:
+        train(run, overrides)
+    except NumericsFault as error:
+        return str(error)
+    return ""
+
+
+SPIKES = ["training.steps=12", "checkpoint.keep=13", "numerics.spike_window=8"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "gone"),
+    [
+        ("zero.stage=2", [10, 11, 12]),
+        ("zero.stage=3", [10, 11, 12]),
+        ("parallel.tensor=2", [10, 11, 12]),
+        ("zero.stage=1", [12]),
+    ],
+)
+def test_a_spike_is_skipped_also_by_a_run_that_goes_on_from_a_checkpoint(
+    corpus: Path, tmp_path: Path, layout: str, gone: list[int]
+) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *SPIKES, layout, "numerics.spike=skip"]
+    assert run_ranks(2, train_with_a_spike, run, settings, 10) == ["", ""]
+    assert same(run, 9, 10) and not same(run, 10, 11)
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    (skipped,) = [line for line in lines if "skipped" in line]
+    assert skipped["step"] == 10 and "a spike" in skipped["skipped"]
+    expected = rows(run, "loss"), weights(run)
+    (run / "done").unlink()
+    for step in gone:
+        shutil.rmtree(RunFolder(run).checkpoints.at(step))
+    assert run_ranks(2, train_with_a_spike, run, settings, 11 - gone[0]) == ["", ""]
+    assert rows(run, "loss") == expected[0]
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in weights(run).items())
+
+
+def test_a_spike_ends_the_run_before_the_update(corpus: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *SPIKES, "numerics.spike=stop"]
+    errors = run_ranks(2, train_with_a_spike, run, settings, 10)
+    assert all(error.startswith("step 10: loss ") and "a spike; sequences 72 to 79" in error for error in errors)
+    assert RunFolder(run).checkpoints.steps()[-1] == 9
+
+
+def test_no_spike_is_seen_before_the_window_is_full(corpus: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *SPIKES, "numerics.spike=stop"]
+    assert run_ranks(2, train_with_a_spike, run, settings, 5) == ["", ""]
 
 
 def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:

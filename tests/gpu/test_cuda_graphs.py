@@ -38,7 +38,7 @@ def losses_and_norms(*settings: str) -> list[tuple[float, float]]:
     config = load_config(TINY, ["data.train=unused", *settings])
     with joined(config.parallel) as topology, assembled(config, VOCAB_SIZE, topology) as (model, optimizer):
         assert (model._captured is not None) == config.training.cuda_graphs
-        results = [train_step(optimizer, micro_batches(step), 1e-3, config, topology) for step in range(NUM_STEPS)]
+        results = [train_step(optimizer, micro_batches(step), 1e-3, topology) for step in range(NUM_STEPS)]
     return [(result.loss, result.grad_norm) for result in results]
 
 
