@@ -25,10 +25,10 @@ class PaddedMixer(HydraMixer):
 
     def forward(self, u_BLD: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
         """(batch, seqlen, d_model) to the same, zeros where the mask (batch, seqlen) is 0."""
-        nheads, d_inner = self.fc_D.weight.shape
-        width = self.ngroups * self.d_state
+        d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, _ = self.shape
+        width = ngroups * d_state
         present_BL1 = attention_mask.to(u_BLD.dtype)[..., None]
-        z_BLI, conv_BLC, raw_BLH = self.in_proj(u_BLD).split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
+        z_BLI, conv_BLC, raw_BLH = self.in_proj(u_BLD).split(self.shape.widths, dim=-1)
         conv_BCL = nn.functional.conv1d(
             (conv_BLC * present_BL1).mT,
             self.conv1d.weight,
@@ -38,19 +38,19 @@ class PaddedMixer(HydraMixer):
         )
         conv_BLC = nn.functional.silu(conv_BCL.mT) * present_BL1
         x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
-        Bf, Cf, Bb, Cb = (part.unflatten(-1, (self.ngroups, self.d_state)) for part in readers)
+        Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
         steps = [
-            nn.functional.softplus(raw + self.dt_bias).clamp(*self.dt_limit) * present_BL1
+            nn.functional.softplus(raw + self.dt_bias).clamp(*dt_limit) * present_BL1
             for raw in raw_BLH.split(nheads, dim=-1)
         ]
-        x_BLHP = x_BLI.unflatten(-1, (nheads, self.headdim))
+        x_BLHP = x_BLI.unflatten(-1, (nheads, headdim))
         # Both directions at once, the backward one as mirrored rows behind the others.
         both = (torch.cat((ahead, back.flip(1))) for ahead, back in ((x_BLHP, x_BLHP), steps, (Bf, Bb), (Cf, Cb)))
         y_2BLHP = _shifted_scan(*both, A_H=-self.A_log.exp(), initial_HPN=self.init_states)
         forward_BLHP, backward_BLHP = y_2BLHP.unflatten(0, (2, -1)).unbind()
         diagonal_BLH = self.fc_D(x_BLI) + self.D
         y_BLHP = forward_BLHP + backward_BLHP.flip(1) + diagonal_BLH[..., None] * x_BLHP
-        y_BLI = gated_rms_norm(y_BLHP.flatten(2), z_BLI, self.norm.weight)  # the default epsilon is the mixer's
+        y_BLI = gated_rms_norm(y_BLHP.flatten(2), z_BLI, self.norm.weight, eps=norm_eps)
         return self.out_proj(y_BLI) * present_BL1
 
 

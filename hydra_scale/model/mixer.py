@@ -1,11 +1,11 @@
 """The Hydra mixer as a layer of the encoder: megatron-core's linear layers around the operations of hydra_kernels."""
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from hydra_kernels import (
+    MixShape,
+    MixWeights,
     gated_rms_norm,
     hydra_mix,
     hydra_mix_of_stretch,
@@ -46,7 +46,15 @@ class HydraLayerMixer(nn.Module):
         channels = d_inner + 4 * mixer.ngroups * mixer.d_state
         rows = _RowsOfHeads(d_inner, nheads, mixer.ngroups, mixer.d_state, tensor)
         self._mixer, self._tensor, self._d_inner = mixer, tensor, d_inner
-        self._ngroups = max(1, mixer.ngroups // tensor.size)
+        self._shape = MixShape(
+            d_inner // tensor.size,
+            nheads // tensor.size,
+            mixer.headdim,
+            mixer.d_state,
+            max(1, mixer.ngroups // tensor.size),
+            mixer.dt_limit,
+            chunk_size=mixer.chunk_size,
+        )
         self.in_proj = ColumnLinear(
             config.d_model,
             d_inner + channels + 2 * nheads,
@@ -72,15 +80,11 @@ class HydraLayerMixer(nn.Module):
         """(T, D) -> (T, D)."""
         if stretch.context is not None or self._tensor.size > 1:
             return self.out_proj(self._mix_a_part(x_TD, stretch))
-        mixed_1TE = hydra_mix(
-            self.in_proj(x_TD)[None],
-            **self._operands(),
-            norm_weight=self.norm("weight"),
-            init_states=self.init_states,
-            chunk_size=self._mixer.chunk_size,
-            cu_seqlens=stretch.documents,
+        projected_1TE, backend = self.in_proj(x_TD)[None], self._mixer.backend
+        mixed_1TI = hydra_mix(
+            projected_1TE, self._weights(), self._shape, cu_seqlens=stretch.documents, backend=backend
         )
-        return self.out_proj(mixed_1TE[0])
+        return self.out_proj(mixed_1TI[0])
 
     def _mix_a_part(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """The same where this rank holds some of the heads, some of the tokens, or both.
@@ -94,21 +98,29 @@ class HydraLayerMixer(nn.Module):
         projected_1RE = self.in_proj(x_TD)[None]
         if context is not None and not divided_heads and self._runs_fused(projected_1RE, context):
             return self._mix_of_stretch(projected_1RE, stretch, context)
+        backend, weights = self._mixer.backend, self._weights()
         wide = scan_operands(
             projected_1RE,
-            **self._operands(),
+            weights,
+            self._shape,
             cu_seqlens=stretch.documents if context is None else stretch.documents_with_halo,
+            backend=backend,
             sum_for_heads=sum_for_heads if divided_heads else None,
         )
         halo = 0 if context is None else stretch.halo
         operands = wide.of_tokens(slice(halo, halo + stretch.end - stretch.first))
-        options = {"chunk_size": self._mixer.chunk_size, "backend": self._mixer.backend}
+        options = {"chunk_size": self._shape.chunk_size, "backend": backend}
         y_1THP = scan_stretch(operands, self.init_states, stretch, options)
         y_1TI = y_1THP.flatten(2)
-        backend, weight = self._mixer.backend, self.norm("weight")
         squares = sum_for_all(sum_of_squares(y_1TI, backend=backend)) if divided_heads else None
         mixed_1TI = gated_rms_norm(
-            y_1TI, operands.z_BLI, weight, squares_BL1=squares, width=self._d_inner, backend=backend
+            y_1TI,
+            operands.z_BLI,
+            weights.norm_weight,
+            eps=self._shape.norm_eps,
+            squares_BL1=squares,
+            width=self._d_inner,
+            backend=backend,
         )
         return mixed_1TI[0]
 
@@ -119,35 +131,29 @@ class HydraLayerMixer(nn.Module):
     def _mix_of_stretch(self, projected_1RE: torch.Tensor, stretch: Stretch, context: Context) -> torch.Tensor:
         """Other tokens enter in the middle of the kernels: states are swept once, exchanged, and read."""
         starts_T, ends_T = stretch.outer_borders
-        operands = self._operands()
-        del operands["backend"]
         return hydra_mix_of_stretch(
             projected_1RE,
+            self._weights(),
+            self._shape,
             halo=stretch.halo,
             documents_with_halo=stretch.documents_with_halo,
             starts_T=starts_T,
             ends_T=ends_T,
             exchange=StateExchange(context),
-            norm_weight=self.norm("weight"),
-            chunk_size=self._mixer.chunk_size,
-            **operands,
         )[0]
 
-    def _operands(self) -> dict[str, Any]:
-        mixer = self._mixer
-        return {
-            "conv_weight": self.conv1d("weight"),
-            "conv_bias": self.conv1d("bias") if mixer.conv_bias else None,
-            "dt_bias": self.dt_bias,
-            "A_log": self.A_log,
-            "D": self.D,
-            "fc_D_weight": self.fc_D("weight"),
-            "headdim": mixer.headdim,
-            "d_state": mixer.d_state,
-            "ngroups": self._ngroups,
-            "dt_limit": mixer.dt_limit,
-            "backend": mixer.backend,
-        }
+    def _weights(self) -> MixWeights:
+        """Read through their modules, so that ZeRO 3 gathers them."""
+        return MixWeights(
+            self.conv1d("weight"),
+            self.conv1d("bias") if self._mixer.conv_bias else None,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.fc_D("weight"),
+            self.norm("weight"),
+            self.init_states,
+        )
 
 
 class _RowsOfHeads:

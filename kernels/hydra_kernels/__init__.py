@@ -5,6 +5,7 @@ from .border import state_after
 from .conv import depthwise_conv_silu
 from .documents import Documents
 from .exchange import Exchange
+from .mix_arguments import MixShape, MixWeights
 from .mixer import HydraMixer, ScanOperands, hydra_mix, hydra_mix_of_stretch, scan_operands
 from .norm import gated_rms_norm, sum_of_squares
 from .residual import add_norm
@@ -15,6 +16,8 @@ __all__ = [
     "Documents",
     "Exchange",
     "HydraMixer",
+    "MixShape",
+    "MixWeights",
     "ScanOperands",
     "add_norm",
     "depthwise_conv_silu",

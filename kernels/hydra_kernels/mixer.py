@@ -17,104 +17,62 @@ from .backends import resolve_backend
 from .conv import depthwise_conv_silu
 from .documents import Documents, pad, unpad
 from .exchange import Exchange
+from .mix_arguments import MixShape, MixWeights
 from .norm import gated_rms_norm
 from .precision import without_autocast, working_dtype
 from .scan import quasiseparable_scan
 from .triton_language import available
 
 if available:
-    from .triton_mix import MixShape, Outside
+    from .triton_mix import Outside
     from .triton_operators import triton_mix
-
-_NORM_EPS = 1e-5
 
 
 def hydra_mix(
     projected_BLE: torch.Tensor,
+    weights: MixWeights,
+    shape: MixShape,
     *,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
-    D: torch.Tensor,
-    fc_D_weight: torch.Tensor,
-    norm_weight: torch.Tensor,
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    init_states: torch.Tensor | None = None,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    norm_eps: float = _NORM_EPS,
-    chunk_size: int = 256,
     cu_seqlens: torch.Tensor | Documents | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """From the input projection's output (B, L, 2 I + 4 G N + 2 H) to the output projection's input (B, L, I).
 
-    conv_weight: (I + 4 G N, 1, K); conv_bias: (I + 4 G N,); dt_bias, A_log, D: (H,); fc_D_weight: (H, I);
-    norm_weight: (I,); init_states: (H, headdim, N), the state in which every document starts in both directions.
     dt = clamp(softplus(dt + dt_bias), dt_limit) and A = -exp(A_log) are fp32 (fp64 for fp64 input), also under
     autocast. The diagonal of a token and head is fc_D(x) + D. `cu_seqlens` are borders of documents in a batch of 1.
     """
-    nheads, d_inner = fc_D_weight.shape
     backend = resolve_backend(backend, projected_BLE)
     batch, seqlen = projected_BLE.shape[:2]
     documents = None if cu_seqlens is None else Documents.of(cu_seqlens, batch, seqlen, projected_BLE.device)
     if backend == "triton" and projected_BLE.numel():
-        shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, chunk_size)
-        weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
         with without_autocast(projected_BLE):
             rows = documents or Documents.rows(batch, seqlen, projected_BLE.device)
-            return triton_mix(projected_BLE, shape, *weights, rows)
-    scan = scan_operands(
-        projected_BLE,
-        conv_weight=conv_weight,
-        conv_bias=conv_bias,
-        dt_bias=dt_bias,
-        A_log=A_log,
-        D=D,
-        fc_D_weight=fc_D_weight,
-        headdim=headdim,
-        d_state=d_state,
-        ngroups=ngroups,
-        dt_limit=dt_limit,
-        cu_seqlens=documents,
-        backend=backend,
-    )
+            return triton_mix(projected_BLE, weights, shape, rows)
+    scan = scan_operands(projected_BLE, weights, shape, cu_seqlens=documents, backend=backend)
     num_documents = batch if documents is None else len(documents.lengths)
+    learnt = weights.init_states
     y_BLHP = quasiseparable_scan(
         *scan[1:6],
         diagonal_BLH=scan.diagonal_BLH,
         cu_seqlens=documents,
-        initial_states=None if init_states is None else init_states.expand(2, num_documents, -1, -1, -1),
-        chunk_size=chunk_size,
+        initial_states=None if learnt is None else learnt.expand(2, num_documents, -1, -1, -1),
+        chunk_size=shape.chunk_size,
         backend=backend,
     )
     assert isinstance(y_BLHP, torch.Tensor)  # no final states were asked for
-    return gated_rms_norm(y_BLHP.flatten(2), scan.z_BLI, norm_weight, eps=norm_eps, backend=backend)
+    return gated_rms_norm(y_BLHP.flatten(2), scan.z_BLI, weights.norm_weight, eps=shape.norm_eps, backend=backend)
 
 
 def hydra_mix_of_stretch(
     projected_1RE: torch.Tensor,
+    weights: MixWeights,
+    shape: MixShape,
     *,
     halo: int,
     documents_with_halo: Documents,
     starts_T: torch.Tensor,
     ends_T: torch.Tensor,
     exchange: Exchange,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
-    D: torch.Tensor,
-    fc_D_weight: torch.Tensor,
-    norm_weight: torch.Tensor,
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
-    norm_eps: float = _NORM_EPS,
-    chunk_size: int = 256,
 ) -> torch.Tensor:
     """`hydra_mix` of T tokens whose documents go on elsewhere, on the Triton kernels: (1, T + 2 halo, E) to (1, T, I).
 
@@ -122,15 +80,14 @@ def hydra_mix_of_stretch(
     documents_with_halo: for the convolution, of all rows. starts, ends: int32 (T,), of each token's document, counted
     from the stretch's first token; -1 and T + 1 where it goes on outside. exchange: how states and vectors travel;
     forward calls `states` once, backward the other two once each. Gradients reach the neighbours' rows too.
-    Raises ValueError where the Triton kernels cannot run.
+    Raises ValueError where the Triton kernels cannot run, and for learnt initial states.
     """
     resolve_backend("triton", projected_1RE)
-    nheads, d_inner = fc_D_weight.shape
-    shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, norm_eps, chunk_size)
-    weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, None)
+    if weights.init_states is not None:
+        raise ValueError("a stretch of documents takes no learnt initial states; scan it with `quasiseparable_scan`")
     with without_autocast(projected_1RE):
         outside = Outside(halo, starts_T, ends_T, exchange)
-        return triton_mix(projected_1RE, shape, *weights, documents_with_halo, outside)
+        return triton_mix(projected_1RE, weights, shape, documents_with_halo, outside)
 
 
 class ScanOperands(NamedTuple):
@@ -153,17 +110,9 @@ class ScanOperands(NamedTuple):
 
 def scan_operands(
     projected_BLE: torch.Tensor,
+    weights: MixWeights,
+    shape: MixShape,
     *,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
-    D: torch.Tensor,
-    fc_D_weight: torch.Tensor,
-    headdim: int,
-    d_state: int,
-    ngroups: int,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
     cu_seqlens: torch.Tensor | Documents | None = None,
     backend: str = "auto",
     sum_for_heads: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -173,9 +122,10 @@ def scan_operands(
     With the heads divided over ranks every argument holds those of one rank but for fc_D_weight (all H, I), its
     columns; `sum_for_heads` then sums fc_D's (B, L, all H) over the ranks and keeps the rank's own heads.
     """
-    nheads, d_inner = dt_bias.numel(), fc_D_weight.shape[1]
+    conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, *_ = weights
+    d_inner, nheads, headdim, d_state, ngroups, dt_limit, *_ = shape
     width = ngroups * d_state
-    z_BLI, conv_BLC, dt_BLH = projected_BLE.split([d_inner, d_inner + 4 * width, 2 * nheads], dim=-1)
+    z_BLI, conv_BLC, dt_BLH = projected_BLE.split(shape.widths, dim=-1)
     conv_BLC = depthwise_conv_silu(conv_BLC, conv_weight, conv_bias, cu_seqlens=cu_seqlens, backend=backend)
     x_BLI, *readers = conv_BLC.split([d_inner, width, width, width, width], dim=-1)
     Bf, Cf, Bb, Cb = (part.unflatten(-1, (ngroups, d_state)) for part in readers)
@@ -248,8 +198,8 @@ class HydraMixer(nn.Module):
             raise ValueError(f"d_conv is {d_conv}; a centred convolution needs an odd number of taps")
         if activation not in ("swish", "silu"):
             raise ValueError(f"activation is {activation!r}; the mixer has 'swish' (the same as 'silu') only")
-        self.d_model, self.d_state, self.headdim, self.ngroups = d_model, d_state, headdim, ngroups
-        self.conv_init, self.dt_limit, self.chunk_size, self.backend = conv_init, dt_limit, chunk_size, backend
+        self.d_model, self.conv_init, self.backend = d_model, conv_init, backend
+        self.shape = MixShape(d_inner, nheads, headdim, d_state, ngroups, dt_limit, chunk_size=chunk_size)
         self.recompute = recompute
         self.dt_min, self.dt_max, self.dt_init_floor = dt_min, dt_max, dt_init_floor
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -263,7 +213,7 @@ class HydraMixer(nn.Module):
         self.A_log = nn.Parameter(torch.empty(nheads, **place))
         self.D = nn.Parameter(torch.empty(nheads, **place))
         self.fc_D = nn.Linear(d_inner, nheads, bias=False, **place)
-        self.norm = nn.RMSNorm(d_inner, eps=_NORM_EPS, **place)
+        self.norm = nn.RMSNorm(d_inner, eps=self.shape.norm_eps, **place)
         self.out_proj = nn.Linear(d_inner, d_model, bias=bias, **place)
         for parameter in (self.dt_bias, self.A_log, self.D, self.init_states):
             if parameter is not None:
@@ -313,23 +263,15 @@ class HydraMixer(nn.Module):
         return y_BLD
 
     def _mix(self, u_BLD: torch.Tensor, cu_seqlens: torch.Tensor | Documents | None) -> torch.Tensor:
-        y_BLI = hydra_mix(
-            self.in_proj(u_BLD),
-            conv_weight=self.conv1d.weight,
-            conv_bias=self.conv1d.bias,
-            dt_bias=self.dt_bias,
-            A_log=self.A_log,
-            D=self.D,
-            fc_D_weight=self.fc_D.weight,
-            norm_weight=self.norm.weight,
-            headdim=self.headdim,
-            d_state=self.d_state,
-            ngroups=self.ngroups,
-            init_states=self.init_states,
-            dt_limit=self.dt_limit,
-            norm_eps=_NORM_EPS,
-            chunk_size=self.chunk_size,
-            cu_seqlens=cu_seqlens,
-            backend=self.backend,
+        weights = MixWeights(
+            self.conv1d.weight,
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.fc_D.weight,
+            self.norm.weight,
+            self.init_states,
         )
-        return self.out_proj(y_BLI)
+        projected_BLE = self.in_proj(u_BLD)
+        return self.out_proj(hydra_mix(projected_BLE, weights, self.shape, cu_seqlens=cu_seqlens, backend=self.backend))

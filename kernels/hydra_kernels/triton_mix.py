@@ -7,27 +7,10 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .exchange import Entered, Exchange
+from .mix_arguments import MixShape, MixWeights, in_dtypes_of
 from .triton_conv import conv_backward, conv_forward
 from .triton_norm import norm_backward, norm_forward
 from .triton_scan import ScanInputs, scan_backward, scan_forward
-
-
-class MixShape(NamedTuple):
-    """What `_Mix` needs beside tensors."""
-
-    d_inner: int
-    nheads: int
-    headdim: int
-    d_state: int
-    ngroups: int
-    dt_limit: tuple[float, float]
-    norm_eps: float
-    chunk_size: int
-
-    @property
-    def widths(self) -> list[int]:
-        """Columns of the projection: gate, what the convolution takes, steps."""
-        return [self.d_inner, self.d_inner + 4 * self.ngroups * self.d_state, 2 * self.nheads]
 
 
 class Outside(NamedTuple):
@@ -51,47 +34,57 @@ class Outside(NamedTuple):
         rows[len(rows) - self.halo :] = 0
 
 
-class Mixed(NamedTuple):
-    """The result (T, I), and what the backward pass reads beside the arguments."""
+class Kept(NamedTuple):
+    """What the backward pass reads beside the arguments."""
 
-    out_TI: torch.Tensor
     y_TI: torch.Tensor
+    """Of the scan."""
     inverse_T: torch.Tensor
+    """The norm's factors."""
     entered: Entered | None
+    """What came from outside."""
+
+
+class Borders(NamedTuple):
+    """Of the documents, as in `Documents`."""
+
+    borders: torch.Tensor
+    starts_T: torch.Tensor
+    ends_T: torch.Tensor
+
+
+def parted(tensors: Sequence[torch.Tensor | None]) -> tuple[MixWeights, Borders]:
+    """Weights and borders, which operators and autograd take one by one."""
+    num_weights = len(MixWeights._fields)
+    return MixWeights(*tensors[:num_weights]), Borders(*tensors[num_weights:])  # type: ignore[arg-type]
 
 
 def mix_forward(
-    shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
-) -> Mixed:
-    """tensors: conv weight and bias, dt_bias, A_log, D, fc_D's and the norm's weight, initial states, then borders,
-    starts and ends of the documents."""
-    _, inputs = _mix_inputs(shape, outside, projected_TE, *tensors)
+    shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, weights: MixWeights, documents: Borders
+) -> tuple[torch.Tensor, Kept]:
+    """The projection (T, E) of documents laid end to end, to the output projection's input (T, I)."""
+    _, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents)
     y_THP, _, entered = scan_forward(inputs, None if outside is None else outside.exchange)
-    y_TI, norm_weight = y_THP.flatten(1), tensors[6]
-    assert norm_weight is not None
+    y_TI = y_THP.flatten(1)
     z_TI = projected_TE[:, : shape.d_inner]
     z_TI = z_TI if outside is None else outside.own(z_TI)
-    out_TI, inverse_T = norm_forward(y_TI, z_TI, norm_weight, shape.norm_eps)
-    return Mixed(out_TI, y_TI, inverse_T, entered)
+    out_TI, inverse_T = norm_forward(y_TI, z_TI, weights.norm_weight, shape.norm_eps)
+    return out_TI, Kept(y_TI, inverse_T, entered)
 
 
 def mix_backward(
     shape: MixShape,
     outside: Outside | None,
     grad_out_TI: torch.Tensor,
-    y_TI: torch.Tensor,
-    inverse_T: torch.Tensor,
-    entered: Entered | None,
+    kept: Kept,
     projected_TE: torch.Tensor,
-    *tensors: torch.Tensor | None,
+    weights: MixWeights,
+    documents: Borders,
 ) -> list[torch.Tensor | None]:
-    """Gradients of the projection and of the first eight of `tensors`, in their dtypes. The convolution and the states
-    are computed again, and results written straight into the gradient of the projection."""
-    conv_weight, conv_bias, _, _, _, fc_D_weight, norm_weight, _, _, starts, ends = tensors
-    assert conv_weight is not None and fc_D_weight is not None and norm_weight is not None
-    assert starts is not None and ends is not None
+    """Gradients of the projection and of the weights, in their dtypes. The convolution and the states are computed
+    again, and results written straight into the gradient of the projection."""
     d_inner, nheads = shape.d_inner, shape.nheads
-    conv_TC, inputs = _mix_inputs(shape, outside, projected_TE, *tensors)
+    conv_TC, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents)
     grad_TE, grad_conv_TC = torch.empty_like(projected_TE), torch.empty_like(conv_TC)
     own_TE, own_grad_TE, own_conv_TC, own_grad_conv_TC = projected_TE, grad_TE, conv_TC, grad_conv_TC
     if outside is not None:
@@ -100,11 +93,11 @@ def mix_backward(
         own_TE, own_grad_TE = outside.own(projected_TE), outside.own(grad_TE)
         own_conv_TC, own_grad_conv_TC = outside.own(conv_TC), outside.own(grad_conv_TC)
     grad_z_TI, _, grad_dt_TH = own_grad_TE.split(shape.widths, dim=1)
-    grad_y_TI = torch.empty_like(y_TI)
+    grad_y_TI = torch.empty_like(kept.y_TI)
     if grad_out_TI.stride(-1) != 1:
         grad_out_TI = grad_out_TI.contiguous()
     z_TI = own_TE[:, :d_inner]
-    grad_norm = norm_backward(y_TI, z_TI, norm_weight, inverse_T, grad_out_TI, grad_y_TI, grad_z_TI)
+    grad_norm = norm_backward(kept.y_TI, z_TI, weights.norm_weight, kept.inverse_T, grad_out_TI, grad_y_TI, grad_z_TI)
     grad_x_TI = own_grad_conv_TC[:, :d_inner]
     grads = scan_backward(
         inputs,
@@ -114,67 +107,62 @@ def mix_backward(
         grad_dt_TH.unflatten(1, (2, nheads)).transpose(0, 1),
         own_grad_conv_TC[:, d_inner:],
         None if outside is None else outside.exchange,
-        entered,
+        kept.entered,
     )
     assert grads.diagonal_TH is not None
     grad_diagonal_TH = grads.diagonal_TH.to(projected_TE.dtype)
-    grad_x_TI.addmm_(grad_diagonal_TH, fc_D_weight.to(projected_TE.dtype))
+    grad_x_TI.addmm_(grad_diagonal_TH, weights.fc_D_weight.to(projected_TE.dtype))
     grad_fc_D = grad_diagonal_TH.T @ own_conv_TC[:, :d_inner]
     convolved = slice(d_inner, d_inner + shape.widths[1])
     grad_weight, grad_bias = conv_backward(
-        projected_TE[:, convolved], conv_weight, conv_bias, starts, ends, grad_conv_TC, grad_TE[:, convolved]
+        projected_TE[:, convolved],
+        weights.conv_weight,
+        weights.conv_bias,
+        documents.starts_T,
+        documents.ends_T,
+        grad_conv_TC,
+        grad_TE[:, convolved],
     )
     grad_init = None if grads.initial_2SHPN is None else grads.initial_2SHPN.sum((0, 1))
     grad_D = grads.diagonal_TH.sum(0)
     found = (grad_weight, grad_bias, grads.bias_H, grads.A_H, grad_D, grad_fc_D, grad_norm, grad_init)
-    return [grad_TE, *in_dtype_of(tensors[:8], found)]
+    return [grad_TE, *in_dtypes_of(weights, found)]
 
 
 def _mix_inputs(
-    shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
+    shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, weights: MixWeights, documents: Borders
 ) -> tuple[torch.Tensor, ScanInputs]:
     """All that the convolution gives, and of it what the scan reads."""
-    conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, _, init_states, borders, starts, ends = tensors
-    assert conv_weight is not None and A_log is not None and fc_D_weight is not None
-    assert starts is not None and ends is not None and borders is not None
     nheads = shape.nheads
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
-    conv_TC = conv_forward(conv_in_TC, conv_weight, conv_bias, starts, ends)
+    borders, starts, ends = documents
+    conv_TC = conv_forward(conv_in_TC, weights.conv_weight, weights.conv_bias, starts, ends)
     own_TC = conv_TC
     if outside is not None:
         own_TC, dt_TH = outside.own(conv_TC), outside.own(dt_TH)
         starts, ends = outside.starts_T, outside.ends_T
     x_TI = own_TC[:, : shape.d_inner]
     readers = own_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
-    initial = None
-    if init_states is not None:
-        num_documents = borders.numel() - 1
-        initial = init_states.expand(2, num_documents, -1, -1, -1).contiguous()
+    initial, learnt = None, weights.init_states
+    if learnt is not None:
+        initial = learnt.expand(2, borders.numel() - 1, -1, -1, -1).contiguous()
     return conv_TC, ScanInputs(
         x_THP=x_TI.unflatten(1, (nheads, shape.headdim)),
         steps_2TH=dt_TH.unflatten(1, (2, nheads)).transpose(0, 1),
-        A_H=A_log,
+        A_H=weights.A_log,
         B_2TGN=readers[:, 0],
         C_2TGN=readers[:, 1],
-        diagonal_TH=torch.nn.functional.linear(x_TI, fc_D_weight.to(x_TI.dtype)),
-        D_H=D,
-        bias_H=dt_bias,
+        diagonal_TH=torch.nn.functional.linear(x_TI, weights.fc_D_weight.to(x_TI.dtype)),
+        D_H=weights.D,
+        bias_H=weights.dt_bias,
         step_limit=shape.dt_limit,
         starts_T=starts,
         ends_T=ends,
-        borders=None if init_states is None else borders,
+        borders=None if learnt is None else borders,
         initial_2SHPN=initial,
         readout_2SGN=None,
         chunk_size=shape.chunk_size,
     )
-
-
-def in_dtype_of(
-    tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """The gradients as autograd wants them, each in its input's dtype."""
-    pairs = zip(tensors, gradients, strict=True)
-    return [None if tensor is None or gradient is None else gradient.to(tensor.dtype) for tensor, gradient in pairs]
 
 
 class MixOfStretch(torch.autograd.Function):
@@ -184,17 +172,18 @@ class MixOfStretch(torch.autograd.Function):
     def forward(
         ctx: Any, shape: MixShape, outside: Outside, projected_TE: torch.Tensor, *tensors: torch.Tensor | None
     ) -> torch.Tensor:
-        mixed = mix_forward(shape, outside, projected_TE, *tensors)
+        """tensors: those of `MixWeights`, then those of `Borders`."""
+        out_TI, kept = mix_forward(shape, outside, projected_TE, *parted(tensors))
         ctx.shape, ctx.outside = shape, outside
-        assert mixed.entered is not None
-        ctx.save_for_backward(mixed.y_TI, mixed.inverse_T, *mixed.entered, projected_TE, *tensors)
-        return mixed.out_TI
+        assert kept.entered is not None
+        ctx.save_for_backward(kept.y_TI, kept.inverse_T, *kept.entered, projected_TE, *tensors)
+        return out_TI
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # read once: under activation checkpointing each access computes them again
-        y_TI, inverse_T, states_2HPN, readout_2GN, *arguments = ctx.saved_tensors
-        entered = Entered(states_2HPN, readout_2GN)
-        found = mix_backward(ctx.shape, ctx.outside, grad_out_TI, y_TI, inverse_T, entered, *arguments)
+        y_TI, inverse_T, states_2HPN, readout_2GN, projected_TE, *tensors = ctx.saved_tensors
+        kept = Kept(y_TI, inverse_T, Entered(states_2HPN, readout_2GN))
+        found = mix_backward(ctx.shape, ctx.outside, grad_out_TI, kept, projected_TE, *parted(tensors))
         return None, None, *found, None, None, None

@@ -11,8 +11,9 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from .documents import Documents
+from .mix_arguments import MixShape, MixWeights, in_dtypes_of
 from .triton_conv import conv_backward, conv_forward
-from .triton_mix import MixOfStretch, MixShape, Outside, in_dtype_of, mix_backward, mix_forward
+from .triton_mix import Kept, MixOfStretch, Outside, mix_backward, mix_forward, parted
 from .triton_scan import ScanInputs, scan_backward, scan_forward
 
 _NO_LIMIT = (0.0, float("inf"))
@@ -89,7 +90,7 @@ def _scan_gradients(ctx: Any, grad_y: _Tensor | None, grad_final: _Tensor | None
     grad_x, steps, A, vectors_TV, *optional = _scan_backward(grad_y, grad_final, *tensors, ctx.chunk_size)
     grad_BC = vectors_TV.view(-1, 2, 2, *B_2TGN.shape[2:]).permute(1, 2, 0, 3, 4)
     found = (grad_x, steps, A, grad_BC[:, 0], grad_BC[:, 1], *optional)
-    return *in_dtype_of(tensors[:8], found), None, None, None, None
+    return *in_dtypes_of(tensors[:8], found), None, None, None, None
 
 
 _scan.register_autograd(_scan_gradients, setup_context=_scan_keep)
@@ -162,14 +163,6 @@ def triton_scan(
     return y_THP.view(x_BLHP.shape), final if edges else None
 
 
-def _in_dtype_of(
-    tensors: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]
-) -> list[torch.Tensor | None]:
-    """The gradients as autograd wants them, each in its input's dtype."""
-    pairs = zip(tensors, gradients, strict=True)
-    return [None if tensor is None or gradient is None else gradient.to(tensor.dtype) for tensor, gradient in pairs]
-
-
 def _rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """Batch and sequence as one dimension; a copy only where strides or a strided last dimension force one."""
     flat = tensor.flatten(dim, dim + 1)
@@ -208,7 +201,7 @@ def _conv_keep(ctx: Any, inputs: Sequence[Any], output: Any) -> None:
 def _conv_gradients(ctx: Any, grad_TC: _Tensor) -> _Gradients:
     tensors = ctx.saved_tensors
     grad_TC = grad_TC if grad_TC.stride(-1) == 1 else grad_TC.contiguous()
-    return *in_dtype_of(tensors[:3], _conv_backward(grad_TC, *tensors)), None, None
+    return *in_dtypes_of(tensors[:3], _conv_backward(grad_TC, *tensors)), None, None
 
 
 _conv.register_autograd(_conv_gradients, setup_context=_conv_keep)
@@ -230,10 +223,11 @@ def _mix(
     starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
 ) -> tuple[_Tensor, _Tensor, _Tensor]:  # fmt: skip
     """sizes, limits: those of `MixShape`. Returns the result, and for the backward pass y and the norm's factors."""
-    return mix_forward(
-        _shape(sizes, limits), None, projected_TE, conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight,
-        init_states, borders, starts_T, ends_T,
-    )[:3]  # fmt: skip
+    tensors = (
+        conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
+    )  # fmt: skip
+    out_TI, kept = mix_forward(_shape(sizes, limits), None, projected_TE, *parted(tensors))
+    return out_TI, kept.y_TI, kept.inverse_T
 
 
 @_mix.register_fake
@@ -251,10 +245,11 @@ def _mix_backward(
     starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
 ) -> list[_Tensor]:  # fmt: skip
     """Of the projection and the eight weights behind it."""
-    found = mix_backward(
-        _shape(sizes, limits), None, grad_out_TI, y_TI, inverse_T, None, projected_TE, conv_weight, conv_bias, dt_bias,
-        A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
+    tensors = (
+        conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
     )  # fmt: skip
+    kept = Kept(y_TI, inverse_T, None)
+    found = mix_backward(_shape(sizes, limits), None, grad_out_TI, kept, projected_TE, *parted(tensors))
     of_projection, *of_weights = (_or_empty(gradient, projected_TE) for gradient in found)
     return [of_projection, *(gradient.clone() for gradient in of_weights)]  # two may lie in one tensor
 
@@ -303,24 +298,16 @@ def _shape(sizes: list[int], limits: list[float]) -> MixShape:
 
 def triton_mix(
     projected_BLE: torch.Tensor,
+    weights: MixWeights,
     shape: MixShape,
-    conv_weight: torch.Tensor,
-    conv_bias: torch.Tensor | None,
-    dt_bias: torch.Tensor,
-    A_log: torch.Tensor,
-    D: torch.Tensor,
-    fc_D_weight: torch.Tensor,
-    norm_weight: torch.Tensor,
-    init_states: torch.Tensor | None,
     documents: Documents,
     outside: Outside | None = None,
 ) -> torch.Tensor:
     """As `hydra_mix`."""
-    weights = (conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states)
-    contiguous = (None if weight is None else weight.contiguous() for weight in weights)
+    tensors = (*weights.contiguous(), *documents[:3])
     if outside is not None:
-        out_TI = MixOfStretch.apply(shape, outside, _rows(projected_BLE, 0), *contiguous, *documents[:3])
+        out_TI = MixOfStretch.apply(shape, outside, _rows(projected_BLE, 0), *tensors)
     else:
         sizes, limits = [*shape[:5], shape.chunk_size], [*shape.dt_limit, shape.norm_eps]
-        out_TI, *_ = _mix(_rows(projected_BLE, 0), *contiguous, *documents[:3], sizes, limits)
+        out_TI, *_ = _mix(_rows(projected_BLE, 0), *tensors, sizes, limits)
     return out_TI.view(projected_BLE.shape[0], -1, shape.d_inner)
