@@ -70,8 +70,9 @@ class ZeroOptimizer:
         self._discards = False
         norms = "_get_norm_groups" if self._is_stage_3 else "scaled_global_norm"
         setattr(self._zero, norms, partial(self._norms_or_invalid, getattr(self._zero, norms)))
+        # a CPU sums fp32 one after the other: of 31 million elements 0.2% is lost, so DeepSpeed's fp64 remains there
         if self._device.type == "cuda" and not self._is_stage_3:
-            self._zero.get_grad_norm_direct = partial(_norm_in_one, self._zero.get_grad_norm_direct)
+            self._zero.get_grad_norm_direct = partial(norm_in_one, self._zero.get_grad_norm_direct)
         self._pipeline = Pipeline(model, config, topology) if topology.stage.size > 1 else None
         self._seed_state(0)
 
@@ -224,7 +225,7 @@ class ZeroOptimizer:
         )
 
 
-def _norm_in_one(
+def norm_in_one(
     norm_of: Callable[..., torch.Tensor], gradients: Iterable[Any], params: Iterable[Any], norm_type: float = 2
 ) -> torch.Tensor:
     """DeepSpeed's `get_grad_norm_direct`, given one tensor of the same norm as all that count here.

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydra_kernels import triton_scan
 from hydra_scale.config import MixerConfig, ModelConfig, ParallelConfig
@@ -225,3 +226,50 @@ def test_bytes_of_tokens_grow_with_them() -> None:
     a_token = 4 * (2 * d_inner + 3 * heads) * (num_ranks - 1) // num_ranks + (num_ranks - 1) * 4 * 4 * GROUPS * D_STATE
     for forward, _ in run_ranks(num_ranks, bytes_sent, num_tokens, "heads"):
         assert forward == halo + a_token * num_tokens // num_ranks
+
+
+class BytesOfSums(TorchDispatchMode):
+    """Bytes a rank sends in ring collectives of its tensor ranks: a sum is a reduce-scatter and a gather."""
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__()
+        self._ring, self.sent = (num_ranks - 1) / num_ranks, 0.0
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        library, name = str(operation).split(".")[:2]
+        if library == "c10d":
+            tensors = {"allreduce_": args[0], "_allgather_base_": [args[0]], "_reduce_scatter_base_": [args[1]]}[name]
+            passes = 2 if name == "allreduce_" else 1
+            self.sent += passes * self._ring * sum(t.numel() * t.element_size() for t in tensors)
+        return operation(*args, **(kwargs or {}))
+
+
+def bytes_of_heads(num_tokens: int, ngroups: int, sequence: bool) -> list[float]:
+    """Bytes this rank sends over tensor ranks in a forward and in a backward pass of one mixer."""
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    with joined(ParallelConfig(tensor=num_ranks, sequence=sequence)) as topology:
+        mixer, x, grad = mixer_and_input(num_tokens, ngroups, topology.tensor)
+        mixer, x, grad = mixer.float(), x.float(), grad.float()
+        here = slice(
+            num_tokens * topology.tensor.rank // num_ranks, num_tokens * (topology.tensor.rank + 1) // num_ranks
+        )
+        here = here if sequence else slice(num_tokens)
+        x_here = x[here].requires_grad_()
+        with BytesOfSums(num_ranks) as forward:
+            y = mixer(x_here, Stretch((0, num_tokens), 0, num_tokens, x.device, None, TAPS // 2))
+        with BytesOfSums(num_ranks) as backward:
+            y.backward(grad[here])
+    return [forward.sent, backward.sent]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("ngroups", [1, 2])
+def test_bytes_over_tensor_ranks_are_those_of_the_formula(ngroups: int, sequence: bool) -> None:
+    """docs/parallelism.md; input and output projection and convolution have biases here."""
+    num_ranks, heads = 2, 2 * D_MODEL // HEADDIM
+    shared = 8 * ngroups * D_STATE * 4 * (D_MODEL + TAPS + 2) if ngroups < num_ranks else 0
+    shared += 8 * D_MODEL if sequence else 0  # of the output projection's bias every rank has seen some tokens
+    for num_tokens in (24, 48):
+        tokens = num_tokens * (2 * 4 * D_MODEL + 4 * heads + 8)
+        expected = [tokens / num_ranks, (tokens + shared) / num_ranks]
+        assert run_ranks(num_ranks, bytes_of_heads, num_tokens, ngroups, sequence) == [expected] * num_ranks
