@@ -63,6 +63,7 @@ LAYOUTS = [
     ("initial-states", 4, 4, "parallel.tensor=4"),
     ("hybrid", 2, 4, "parallel.tensor=2"),
     ("packed", 4, 4, "parallel.tensor=2 parallel.context=2"),
+    ("packed", 4, 2, "parallel.tensor=2 parallel.context=2 zero.stage=3"),
     ("initial-states", 4, 2, "parallel.tensor=2 parallel.context=2 parallel.exchange=neighbour"),
     ("hybrid", 4, 4, "parallel.tensor=2 parallel.context=2 zero.stage=2"),
     ("packed", 2, 2, "zero.offload=true"),
@@ -116,17 +117,34 @@ def test_equal_to_one_process(
     assert ledger(run) == ledger(alone[settings])
 
 
+@pytest.fixture(scope="module")
+def alone_bf16(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("alone-bf16") / "run"
+    run_ranks(1, train, run, [f"data.train={corpus}", *BF16, "training.micro_batch_size=8"])
+    return run
+
+
+BF16 = [*STEPS, *SETTINGS["packed"], "training.precision=bf16"]
+
+
+def test_bf16_follows_fp32(alone: dict[str, Path], alone_bf16: Path) -> None:
+    assert rows(alone_bf16, "loss") != rows(alone["packed"], "loss")
+    assert rows(alone_bf16, "loss") == pytest.approx(rows(alone["packed"], "loss"), rel=1e-2)
+    assert rows(alone_bf16, "grad_norm") == pytest.approx(rows(alone["packed"], "grad_norm"), rel=5e-2)
+
+
 @pytest.mark.parametrize(
     ("num_ranks", "layout"),
-    [(1, "zero.stage=1"), (2, "zero.stage=1"), (4, "parallel.tensor=2 parallel.context=2"), (2, "parallel.pipeline=2")],
-)
-def test_bf16_follows_fp32(corpus: Path, alone: dict[str, Path], tmp_path: Path, num_ranks: int, layout: str) -> None:
+    [(1, "zero.stage=3"), (2, "zero.stage=1"), (4, "parallel.tensor=2 parallel.context=2"), (2, "parallel.pipeline=2"),
+     (2, "parallel.tensor=2 parallel.sequence=true zero.stage=2")],
+)  # fmt: skip
+def test_equal_to_one_process_in_bf16(
+    corpus: Path, alone_bf16: Path, tmp_path: Path, num_ranks: int, layout: str
+) -> None:
     run = tmp_path / "run"
-    settings = [*SETTINGS["packed"], *layout.split(), "training.precision=bf16", "training.micro_batch_size=4"]
-    run_ranks(num_ranks, train, run, [f"data.train={corpus}", *STEPS, *settings])
-    assert rows(run, "loss") != rows(alone["packed"], "loss")
-    assert rows(run, "loss") == pytest.approx(rows(alone["packed"], "loss"), rel=1e-2)
-    assert rows(run, "grad_norm") == pytest.approx(rows(alone["packed"], "grad_norm"), rel=5e-2)
+    run_ranks(num_ranks, train, run, [f"data.train={corpus}", *BF16, *layout.split(), "training.micro_batch_size=4"])
+    for key in ("loss", "grad_norm"):
+        assert rows(run, key) == pytest.approx(rows(alone_bf16, key), rel=1e-2), key
 
 
 def test_training_learns(alone: dict[str, Path]) -> None:
