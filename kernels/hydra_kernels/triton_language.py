@@ -1,5 +1,6 @@
 """The one place that knows whether Triton is there. Kernel modules take it from here, imported only if it is."""
 
+import secrets
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ except ImportError:
 available: bool = triton is not None
 interpreted: bool = available and bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter, on CPU tensors: TRITON_INTERPRET=1 when they were made."""
+
+OPERATORS = "hydra_kernels" if __package__ == "hydra_kernels" else f"hydra_kernels_{secrets.token_hex(4)}"
+"""Namespace of the PyTorch operators. Exported folders carry copies of these modules; one that registered these names
+again would take the operators away from whoever has them, whose next call reads freed memory."""
 
 
 def check_device(tensor: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from .triton_language import tl, triton
+from .triton_language import OPERATORS, tl, triton
 
 _ROWS = 16
 
@@ -120,7 +120,7 @@ def norm_backward(
     return parts.sum(0)
 
 
-@custom_op("hydra_kernels::gated_rms_norm", mutates_args=())
+@custom_op(f"{OPERATORS}::gated_rms_norm", mutates_args=())
 def _norm(
     y_TC: torch.Tensor,
     z_TC: torch.Tensor,
@@ -138,7 +138,7 @@ def _(y_TC: torch.Tensor, *rest: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return _like(y_TC), y_TC.new_empty(y_TC.shape[0], dtype=torch.float32)
 
 
-@custom_op("hydra_kernels::gated_rms_norm_backward", mutates_args=())
+@custom_op(f"{OPERATORS}::gated_rms_norm_backward", mutates_args=())
 def _norm_backward(
     grad_TC: torch.Tensor,
     y_TC: torch.Tensor,
@@ -185,7 +185,7 @@ def _norm_gradients(ctx: Any, grad_TC: torch.Tensor, grad_inverse: None) -> tupl
 _norm.register_autograd(_norm_gradients, setup_context=_norm_keep)
 
 
-@custom_op("hydra_kernels::sum_of_squares", mutates_args=())
+@custom_op(f"{OPERATORS}::sum_of_squares", mutates_args=())
 def _squares(y_TC: torch.Tensor) -> torch.Tensor:
     num_tokens, num_channels = y_TC.shape
     squares_T = torch.empty(num_tokens, dtype=torch.float32, device=y_TC.device)

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .documents import Documents
 from .mix_arguments import MixShape, MixWeights, in_dtypes_of
 from .triton_conv import conv_backward, conv_forward
+from .triton_language import OPERATORS
 from .triton_mix import Kept, MixOfStretch, Outside, mix_backward, mix_forward, parted
 from .triton_scan import ScanInputs, scan_backward, scan_forward
 
@@ -21,7 +22,7 @@ _Tensor = torch.Tensor
 _Gradients = tuple[torch.Tensor | None, ...]
 
 
-@custom_op("hydra_kernels::scan", mutates_args=())
+@custom_op(f"{OPERATORS}::scan", mutates_args=())
 def _scan(
     x_THP: _Tensor, dt_2TH: _Tensor, A_H: _Tensor, B_2TGN: _Tensor, C_2TGN: _Tensor, diagonal_TH: _Tensor | None,
     initial_2SHPN: _Tensor | None, readout_2SGN: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor,
@@ -42,7 +43,7 @@ def _(x_THP: _Tensor, dt: _Tensor, A: _Tensor, B_2TGN: _Tensor, *rest: Any) -> t
     return _fake(x_THP.shape, x_THP, x_THP.dtype), final
 
 
-@custom_op("hydra_kernels::scan_backward", mutates_args=())
+@custom_op(f"{OPERATORS}::scan_backward", mutates_args=())
 def _scan_backward(
     grad_y_THP: _Tensor, grad_final: _Tensor | None,
     x_THP: _Tensor, dt_2TH: _Tensor, A_H: _Tensor, B_2TGN: _Tensor, C_2TGN: _Tensor, diagonal_TH: _Tensor | None,
@@ -96,14 +97,14 @@ def _scan_gradients(ctx: Any, grad_y: _Tensor | None, grad_final: _Tensor | None
 _scan.register_autograd(_scan_gradients, setup_context=_scan_keep)
 
 
-@register_flop_formula(torch.ops.hydra_kernels.scan)
+@register_flop_formula(getattr(torch.ops, OPERATORS).scan)
 def _scan_flops(x: Any, dt: Any, A: Any, B: Any, C: Any, diagonal: Any, *rest: Any, **_: Any) -> int:
     """Two directions, each writing x B^T into the state and reading it with C, in the recurrence's linear form."""
     num_tokens, num_heads, headdim = x
     return num_tokens * num_heads * headdim * (2 * 2 * 2 * B[-1] + (0 if diagonal is None else 2))
 
 
-@register_flop_formula(torch.ops.hydra_kernels.scan_backward)
+@register_flop_formula(getattr(torch.ops, OPERATORS).scan_backward)
 def _scan_backward_flops(grad_y: Any, grad_final: Any, *arguments: Any, **_: Any) -> int:
     return 2 * _scan_flops(*arguments)
 
@@ -169,7 +170,7 @@ def _rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
 
-@custom_op("hydra_kernels::conv_silu", mutates_args=())
+@custom_op(f"{OPERATORS}::conv_silu", mutates_args=())
 def _conv(x_TC: _Tensor, weight_C1K: _Tensor, bias_C: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor) -> _Tensor:
     return conv_forward(x_TC, weight_C1K, bias_C, starts_T, ends_T)
 
@@ -179,7 +180,7 @@ def _(x_TC: _Tensor, *rest: Any) -> _Tensor:
     return _fake(x_TC.shape, x_TC, x_TC.dtype)
 
 
-@custom_op("hydra_kernels::conv_silu_backward", mutates_args=())
+@custom_op(f"{OPERATORS}::conv_silu_backward", mutates_args=())
 def _conv_backward(
     grad_TC: _Tensor, x_TC: _Tensor, weight_C1K: _Tensor, bias_C: _Tensor | None, starts_T: _Tensor, ends_T: _Tensor
 ) -> tuple[_Tensor, _Tensor, _Tensor]:
@@ -216,7 +217,7 @@ def triton_conv_silu(
     return _conv(_rows(x_BLC, 0), weight_C1K.contiguous(), bias_C, starts, ends).view(x_BLC.shape)
 
 
-@custom_op("hydra_kernels::mix", mutates_args=())
+@custom_op(f"{OPERATORS}::mix", mutates_args=())
 def _mix(
     projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
     D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
@@ -237,7 +238,7 @@ def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor]:
     return out, y, _fake((num_tokens,), projected_TE)
 
 
-@custom_op("hydra_kernels::mix_backward", mutates_args=())
+@custom_op(f"{OPERATORS}::mix_backward", mutates_args=())
 def _mix_backward(
     grad_out_TI: _Tensor, y_TI: _Tensor, inverse_T: _Tensor,
     projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
@@ -278,14 +279,14 @@ def _mix_gradients(ctx: Any, grad_out: _Tensor, grad_y: None, grad_inverse: None
 _mix.register_autograd(_mix_gradients, setup_context=_mix_keep)
 
 
-@register_flop_formula(torch.ops.hydra_kernels.mix)
+@register_flop_formula(getattr(torch.ops, OPERATORS).mix)
 def _mix_flops(projected: Sequence[int], conv: Sequence[int], *rest: Any, **_: Any) -> int:
     """Convolution, fc_D, diagonal and the two scans in the recurrence's linear form; elementwise work is left out."""
     d_inner, nheads, _, d_state, *_ = rest[-2]
     return projected[0] * (2 * conv[0] * conv[2] + 2 * d_inner * nheads + 2 * d_inner + 2 * 2 * 2 * d_inner * d_state)
 
 
-@register_flop_formula(torch.ops.hydra_kernels.mix_backward)
+@register_flop_formula(getattr(torch.ops, OPERATORS).mix_backward)
 def _mix_backward_flops(grad_out: Any, y: Any, inverse: Any, *arguments: Any, **_: Any) -> int:
     return 2 * _mix_flops(*arguments)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from .triton_language import tl, triton
+from .triton_language import OPERATORS, tl, triton
 
 _ROWS = 16
 
@@ -71,7 +71,7 @@ def _add_norm_backward_kernel(
         tl.store(target + width, of_bias, mask=mask)
 
 
-@custom_op("hydra_kernels::add_norm", mutates_args=())
+@custom_op(f"{OPERATORS}::add_norm", mutates_args=())
 def _add_norm(
     x_TD: torch.Tensor, branch_TD: torch.Tensor, weight_D: torch.Tensor, bias_D: torch.Tensor | None, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,7 +101,7 @@ def _outputs(x_TD: torch.Tensor, bias_D: torch.Tensor | None) -> tuple[torch.Ten
     return out_TD, total_TD, mean_T, total_TD.new_empty(num_tokens)
 
 
-@custom_op("hydra_kernels::add_norm_backward", mutates_args=())
+@custom_op(f"{OPERATORS}::add_norm_backward", mutates_args=())
 def _add_norm_backward(
     grad_TD: torch.Tensor,
     total_TD: torch.Tensor,

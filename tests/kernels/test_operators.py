@@ -1,12 +1,17 @@
 """The Triton kernels as PyTorch operators: compiled without a break, shapes told before they run, FLOPs counted."""
 
+import importlib
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import hydra_kernels
 from hydra_kernels import (
     Documents,
     HydraMixer,
@@ -157,3 +162,23 @@ def test_flops_are_those_of_the_formula() -> None:
     with FlopCounterMode(display=False) as counter:
         scan(*scan_tensors())
     assert counter.get_total_flops() == scan_flops(MixerShape(H * P // 2, d_state=N, headdim=P), T)
+
+
+def test_copies_of_the_kernels_leave_each_other_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As exported folders carry them, two in one process and imported again: PyTorch forgets an operator whose name is
+    registered a second time, and who still calls it reads freed memory."""
+    torch.manual_seed(2)
+    y, z, weight = drawn(1, T, D), drawn(1, T, D), drawn(D)
+    expected = gated_rms_norm(y, z, weight, backend="triton")
+    monkeypatch.syspath_prepend(tmp_path)
+    copies = []
+    for name in ("one_model", "another_model", "another_model"):
+        if not (tmp_path / name).exists():
+            shutil.copytree(Path(hydra_kernels.__file__).parent, tmp_path / name)
+        for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+            monkeypatch.delitem(sys.modules, module)
+        copies.append(importlib.import_module(name))
+    names = {copy.norm.triton_gated_rms_norm.__globals__["OPERATORS"] for copy in (hydra_kernels, *copies)}
+    assert len(names) == 4  # before any call, which could end the process
+    for copy in (*copies, hydra_kernels):
+        assert torch.equal(copy.gated_rms_norm(y, z, weight, backend="triton"), expected)
