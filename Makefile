@@ -5,6 +5,7 @@ TORCH ?= torch==2.13.0
 QUICKSTART ?= quickstart
 SENTENCES := 'This is one of the best [MASK] I have ever seen.' 'The acting was [MASK] and the plot made no sense.' \
   'I would not recommend this movie to [MASK].'
+SHORT := 'not gpu and not matrix and not faults'
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -35,8 +36,10 @@ quickstart: $(READY)  ## Real text to a trained encoder that fills masks; result
 	$(BIN)/hydra-scale convert --from run --to huggingface $(QUICKSTART)/run $(QUICKSTART)/model
 	$(BIN)/hydra-scale fill-mask $(QUICKSTART)/model $(SENTENCES)
 
+# Tests of one process run side by side; those that start ranks, jobs or whole clusters use all cores by themselves.
 test: $(READY)  ## The whole test suite for the CPU
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m 'not gpu and not matrix and not faults'
+	@OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m $(SHORT) -n auto --maxprocesses 4 tests/kernels tests/unit
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m $(SHORT) --ignore tests/kernels --ignore tests/unit
 
 test-faults: $(READY)  ## Every test of faults, the long ones and those on a real Slurm included
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/faults tests/slurm
