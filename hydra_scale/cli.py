@@ -38,7 +38,7 @@ def prepare(
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="File or folder to read; repeatable.")] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="sentencepiece | bytes | nucleotides | kmers:K | PATH of a tokenizer or prepared folder")
+        str, typer.Option(help="sentencepiece | bytes | nucleotides | kmers:K | PATH of one, also a tokenizer.json")
     ] = "sentencepiece",
     vocab_size: Annotated[int | None, typer.Option(help="Pieces of the trained tokenizer.  [16384]")] = None,
     model_type: Annotated[str | None, typer.Option(help="unigram | bpe, of the trained tokenizer.  [unigram]")] = None,

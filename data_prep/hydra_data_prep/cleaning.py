@@ -16,7 +16,7 @@ class CleanDocument(NamedTuple):
     """A document that is kept."""
 
     text: str
-    """Normalised: one line."""
+    """Normalised by the tokenizer's rule."""
     digest: bytes
     """16 bytes of BLAKE2b of the text."""
 

@@ -1,7 +1,7 @@
 """`prepare`: documents -> cleaned and split -> tokenizer -> token shards and manifest, published by one rename.
 
 Two passes. The first reads the source once, cleans, drops duplicates, splits, and lays the documents down as lines of
-two plain files (normalised text has no line breaks). The second trains the tokenizer on a sample of the train lines and
+two plain files. The second trains the tokenizer on a sample of the train lines and
 tokenises both files. Memory holds one batch, the shard block being filled, and a hash for each document.
 """
 

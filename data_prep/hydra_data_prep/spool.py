@@ -1,4 +1,8 @@
-"""Kept documents between the two passes of a preparation: lines of plain files, settled into splits."""
+"""Kept documents between the two passes of a preparation: lines of plain files, settled into splits.
+
+A tokenizer that takes texts as they are keeps their line breaks, which stand in the files as the NUL that cleaning has
+removed from every text.
+"""
 
 from collections.abc import Iterator
 from itertools import islice
@@ -29,9 +33,9 @@ class Spool:
                     lowest = min(lowest, (lot, self._counts["train"]))
                 else:
                     highest = max(highest, (lot, self._counts["eval"]))
-                (train if split == "train" else held_out).write(text.encode() + b"\n")
+                (train if split == "train" else held_out).write(text.replace("\n", "\0").encode() + b"\n")
                 self._counts[split] += 1
-                self.num_words += text.count(" ") + 1
+                self.num_words += text.count(" ") + text.count("\n") + 1
         if not any(self._counts.values()):
             raise DataError(f"--source {source}: holds no document to keep; check --input and --min-characters")
         if not self._counts["train"]:
@@ -69,4 +73,4 @@ class Spool:
     def _lines(self, split: Split) -> Iterator[str]:
         with self._files[split].open("rb") as lines:
             for line in lines:
-                yield line[:-1].decode()
+                yield line[:-1].decode().replace("\0", "\n")

@@ -8,9 +8,11 @@ from typing import Literal
 
 import sentencepiece
 
+from hydra_data_prep.given_tokenizer import given_tokenizer
 from hydra_scale.data.manifest import TOKENIZER_FOLDER
 from hydra_scale.data.tokenizer import (
     CLS_ID,
+    GIVEN_FILE,
     PAD_ID,
     SEP_ID,
     SPECIAL_PIECES,
@@ -70,8 +72,8 @@ def train_sentencepiece(
 
 
 def existing_tokenizer(choice: str) -> Tokenizer:
-    """The tokenizer named by `bytes`, `nucleotides`, `kmers:K`, or the path of a SentencePiece model, of a tokenizer
-    folder or of a prepared folder.
+    """The tokenizer named by `bytes`, `nucleotides`, `kmers:K`, or the path of a SentencePiece model, of a
+    tokenizer.json or the folder it is in, of a tokenizer folder or of a prepared folder.
 
     Raises:
         DataError: there is none, or it is not usable.
@@ -82,14 +84,18 @@ def existing_tokenizer(choice: str) -> Tokenizer:
     if kmers := re.fullmatch(r"kmers:(\d+)", choice):
         return KmersTokenizer(int(kmers[1]))
     path = Path(choice)
+    if path.is_file() and path.suffix == ".json":
+        return given_tokenizer(path)
     if path.is_file():
         return SentencePieceTokenizer(path.read_bytes(), str(path))
     for folder in (path, path / TOKENIZER_FOLDER):
         if (folder / TOKENIZER_FILE).is_file():
             return Tokenizer.load(folder)
+    if (path / GIVEN_FILE).is_file():
+        return given_tokenizer(path / GIVEN_FILE)
     raise DataError(
         f"{path}: no tokenizer there; expected sentencepiece, {', '.join(fixed)}, kmers:K, or the path of a"
-        " SentencePiece model, a tokenizer folder or a prepared folder"
+        " SentencePiece model, a tokenizer.json, a tokenizer folder or a prepared folder"
     )
 
 

@@ -33,6 +33,8 @@ def card(package: EncoderPackage, use: str = _USE) -> str:
     kinds = package.model.layer_kinds
     names = (("H", "Hydra"), ("A", "attention"), ("M", "MLP"))
     layers = ", ".join(f"{kinds.count(kind)} {name}" for kind, name in names if kind in kinds)
+    if package.tokenizer is not None:
+        use = use.replace("[MASK]", package.tokenizer.piece(package.tokenizer.special.mask))
     return f"""# Hydra encoder, {num_parameters:,} parameters
 
 A bidirectional state space encoder (Hydra) trained by masked language modelling: {layers} layers of width

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from hydra_scale.config import AttentionConfig, MixerConfig, MlpConfig, ModelConfig
 from hydra_scale.convert.package import EncoderPackage
 from hydra_scale.convert.tensor_file import write_safetensors
-from hydra_scale.data.tokenizer import CLS_ID, MASK_ID, PAD_ID, SEP_ID, UNK_ID, Tokenizer
+from hydra_scale.data.tokenizer import PAD_ID, Tokenizer
 from hydra_scale.errors import CheckpointError
 
 MODEL_TYPE = "hydra_scale"
@@ -33,7 +33,6 @@ _SAME_NAMES = (
 )  # fmt: skip
 """Settings of ModelConfig that config.json holds under the same name."""
 _TIED = "head.decoder.weight"
-_SPECIAL_IDS = {"unk_token_id": UNK_ID, "cls_token_id": CLS_ID, "sep_token_id": SEP_ID, "mask_token_id": MASK_ID}
 
 
 def write_contents(package: EncoderPackage, folder: Path, extra_config: dict[str, Any] | None = None) -> None:
@@ -118,9 +117,12 @@ def _config(package: EncoderPackage) -> dict[str, Any]:
         "mlp_width": round(model.mlp.expansion * model.d_model),
         "tie_word_embeddings": True,
         "dtype": str(package.parameters["head.bias"].dtype).removeprefix("torch."),
-        "pad_token_id": PAD_ID,
-        **({} if package.tokenizer is None else _SPECIAL_IDS),
+        **({"pad_token_id": PAD_ID} if package.tokenizer is None else _special_ids(package.tokenizer)),
     }
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    return {f"{part}_token_id": index for part, index in tokenizer.special._asdict().items()}
 
 
 def _model_config(values: dict[str, Any]) -> ModelConfig:

@@ -14,7 +14,6 @@ from hydra_scale.convert.card import card, front_matter
 from hydra_scale.convert.exported import copy_code, write_contents
 from hydra_scale.convert.package import EncoderPackage, Probe
 from hydra_scale.convert.tokenizer_json import tokenizer_json
-from hydra_scale.data.tokenizer import SPECIAL_PIECES
 from hydra_scale.errors import CheckpointError
 
 _LOADING = {
@@ -76,14 +75,10 @@ def fill_mask(folder: Path, text: str, top: int = 3) -> list[tuple[str, float]]:
 
 def _write_tokenizer(package: EncoderPackage, folder: Path) -> None:
     assert package.tokenizer is not None
-    pad, unk, cls, sep, mask = SPECIAL_PIECES
+    special = package.tokenizer.special._asdict().items()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer_json(package.tokenizer),
-        pad_token=pad,
-        unk_token=unk,
-        cls_token=cls,
-        sep_token=sep,
-        mask_token=mask,
+        **{f"{part}_token": package.tokenizer.piece(index) for part, index in special if index is not None},
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
     ).save_pretrained(folder)

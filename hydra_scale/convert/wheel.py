@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from hydra_scale.convert.card import card
 from hydra_scale.convert.exported import copy_code, read_contents, write_contents
 from hydra_scale.convert.package import EncoderPackage, Probe
+from hydra_scale.data.tokenizer import GivenTokenizer
 from hydra_scale.errors import CheckpointError, ConfigError
 
 _NEEDED = ("numpy", "safetensors", "sentencepiece", "torch")
@@ -54,7 +55,7 @@ def check_name(name: str | None, version: str) -> tuple[str, str]:
         raise ConfigError("convert --to wheel: give the name of the package to build as --name my_encoder")
     if not re.fullmatch(r"[a-z][a-z0-9]*(_[a-z0-9]+)*", name) or keyword.iskeyword(name):
         raise ConfigError(f"--name {name}: expected lower-case letters, digits and single underscores, as my_encoder")
-    if name in sys.stdlib_module_names or name in (*_NEEDED, "transformers"):
+    if name in sys.stdlib_module_names or name in (*_NEEDED, "tokenizers", "transformers"):
         raise ConfigError(f"--name {name}: is the name of another package, which it would hide; choose another")
     try:
         return name, str(Version(version))
@@ -118,7 +119,9 @@ def _copy_package_code(folder: Path) -> None:
 
 
 def _metadata(package: EncoderPackage, name: str, version: str) -> str:
-    needs = sorted(str(need) for need in map(Requirement, requires("hydra-scale") or ()) if need.name in _NEEDED)
+    given = package.tokenizer is not None and package.tokenizer.kind == GivenTokenizer.kind
+    names = (*_NEEDED, "tokenizers") if given else _NEEDED
+    needs = sorted(str(need) for need in map(Requirement, requires("hydra-scale") or ()) if need.name in names)
     use = f"""```python
 import {name}
 

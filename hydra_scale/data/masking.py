@@ -13,7 +13,7 @@ import numpy as np
 from hydra_scale.config import MaskingConfig
 from hydra_scale.data.philox import Stream, philox_words
 from hydra_scale.data.ranges import ranges
-from hydra_scale.data.tokenizer import MASK_ID, Tokenizer
+from hydra_scale.data.tokenizer import Tokenizer
 
 _WORD_RANGE = 1 << 32
 
@@ -41,7 +41,7 @@ class Masking:
     def __init__(self, config: MaskingConfig, seed: int, tokenizer: Tokenizer) -> None:
         self._config = config
         self._seed = seed
-        self._is_special = tokenizer.is_special
+        self._mask_id, self._is_special = tokenizer.special.mask, tokenizer.is_special
         self._starts_word = tokenizer.starts_word
         self._ordinary = np.flatnonzero(~tokenizer.is_special)
 
@@ -99,12 +99,12 @@ class Masking:
     def _replacements(self, targets: np.ndarray, sequences: np.ndarray, offsets: np.ndarray) -> np.ndarray:
         """What the model sees: [MASK], or (bert) 80% [MASK], 10% a random ordinary token, 10% the token itself."""
         if self._config.kind == "mask":
-            return np.full_like(targets, MASK_ID)
+            return np.full_like(targets, self._mask_id)
         lot, high, low = philox_words(self._seed, Stream.REPLACEMENT, offsets, sequences, num_words=3)
         drawn = (high << np.uint64(32) | low) % np.uint64(len(self._ordinary))  # bias below 2**-32 at any vocabulary
         random = self._ordinary[drawn.astype(np.int64)]
         tenth = lot * np.uint64(10) // np.uint64(_WORD_RANGE)
-        return np.where(tenth < 8, MASK_ID, np.where(tenth == 8, random, targets))
+        return np.where(tenth < 8, self._mask_id, np.where(tenth == 8, random, targets))
 
 
 @lru_cache(maxsize=16)

@@ -13,7 +13,7 @@ from hydra_scale.data.order import Pieces, SequenceOrder
 from hydra_scale.data.ranges import ranges
 from hydra_scale.data.remote import localised
 from hydra_scale.data.shards import Split, TokenStore
-from hydra_scale.data.tokenizer import SEP_ID, Tokenizer
+from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 
 
@@ -54,7 +54,7 @@ class PreparedSplit:
         if self._framed_when_cut:
             # a document that lost its end still ends in [SEP], as it will when the model is used
             lost = (pieces.stops == self.order.seqlen) & (self.store.lengths[pieces.documents] > self.order.seqlen)
-            tokens[np.cumsum(pieces.stops - pieces.starts)[lost] - 1] = SEP_ID
+            tokens[np.cumsum(pieces.stops - pieces.starts)[lost] - 1] = self.tokenizer.special.sep
         return LaidOut(pieces, tokens)
 
 

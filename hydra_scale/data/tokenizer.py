@@ -1,8 +1,8 @@
-"""Tokenizers: one interface over SentencePiece models, bytes, nucleotides and k-mers.
+"""Tokenizers: one interface over SentencePiece models, bytes, nucleotides, k-mers and what others have made.
 
-Every kind has the same five special tokens, ids 0 to 4, and no text can produce one of them. A tokenizer folder holds
-hydra_tokenizer.json (kind, size, and hashes of the other files) and, for SentencePiece, the model; it travels with
-prepared data, checkpoints and exported models.
+Every kind has the same five special tokens, and no text can produce one of them. Their ids are 0 to 4, but for a
+tokenizer that was given. A tokenizer folder holds hydra_tokenizer.json (kind, size, special ids, and hashes of the
+other files) and, for some kinds, the model; it travels with prepared data, checkpoints and exported models.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -23,6 +23,8 @@ from hydra_scale.errors import DataError
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(5)
 SPECIAL_PIECES = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TOKENIZER_FILE = "hydra_tokenizer.json"
+GIVEN_FILE = "tokenizer.json"
+"""As the tokenizers library writes it."""
 WHITESPACE = "[\t-\r\x1c-\x20\x85\u1680\u2028\u2029\u2581]+"
 """What `normalise_text` turns into one space after NFKC: every white space that NFKC leaves, and U+2581, which
 SentencePiece uses for a space. An exported tokenizer uses the same pattern."""
@@ -32,19 +34,32 @@ _MODEL_FILE = "sentencepiece.model"
 _NUM_SPECIAL = len(SPECIAL_PIECES)
 
 
+class SpecialIds(NamedTuple):
+    """In the order of SPECIAL_PIECES."""
+
+    pad: int
+    unk: int | None
+    """Absent: every text has pieces."""
+    cls: int
+    sep: int
+    mask: int
+
+
 class Tokenizer(ABC):
     """Text to ids and back.
 
     Attributes:
         kind: name of the class in the tokenizer folder and the manifest.
         vocab_size: ids are below it.
-        is_special: bool (vocab_size,); true for ids 0 to 4: never masked, never drawn as a replacement.
+        special: ids of the five special tokens.
+        is_special: bool (vocab_size,); true for special tokens: never masked, never drawn as a replacement.
         starts_word: bool (vocab_size,); true where an id begins a word, for whole word masking.
         is_fallback: bool (vocab_size,); true for [UNK] and for pieces that only spell what has no piece of its own.
     """
 
     kind: ClassVar[str]
     vocab_size: int
+    special = SpecialIds(PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID)
     is_special: np.ndarray
     starts_word: np.ndarray
     is_fallback: np.ndarray
@@ -73,7 +88,7 @@ class Tokenizer(ABC):
     def description(self) -> bytes:
         """Content of hydra_tokenizer.json."""
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in self.files().items()}
-        special_ids = {piece: index for index, piece in enumerate(SPECIAL_PIECES)}
+        special_ids = dict(zip(SPECIAL_PIECES, self.special, strict=True))
         values = {"version": _VERSION, "kind": self.kind, "vocab_size": self.vocab_size, "special_ids": special_ids}
         return (json.dumps(values | {"sha256": hashes}, indent=1) + "\n").encode()
 
@@ -265,8 +280,94 @@ class KmersTokenizer(NucleotidesTokenizer):
         return cls(k)
 
 
+class GivenTokenizer(Tokenizer):
+    """A tokenizer.json of the tokenizers library as it is: its normalisation, its ids, and special tokens of its own.
+
+    Texts reach it unchanged, and are framed as [CLS] text [SEP] with the tokens that play these parts.
+
+    Args:
+        content: of the file.
+        special: ids of the special tokens in it.
+        where: said in errors.
+
+    Raises:
+        DataError: the library cannot read it, or two of the special tokens are one.
+    """
+
+    kind = "huggingface"
+
+    def __init__(self, content: bytes, special: SpecialIds, where: str = GIVEN_FILE) -> None:
+        from tokenizers import Tokenizer as Library  # no other kind needs it, and packages of those have no use for it
+
+        try:
+            self._library: Any = Library.from_buffer(content)
+        except ValueError as error:
+            raise DataError(f"{where}: the tokenizers library cannot read it ({error}); copy it again") from None
+        self._content, self.special = content, special
+        self._library.no_padding()
+        self._library.no_truncation()
+        self._library.encode_special_tokens = True  # a text that spells [MASK] gets its characters
+        pieces = {index: piece for piece, index in self._library.get_vocab(with_added_tokens=True).items()}
+        if clash := [
+            name for name, index in zip(SPECIAL_PIECES, special, strict=True) if list(special).count(index) > 1
+        ]:
+            raise DataError(f"{where}: one token stands for {' and '.join(clash)}; they must differ")
+        if unknown := [index for index in special if index is not None and index not in pieces]:
+            raise DataError(f"{where}: has no token of id {unknown[0]}; the tokenizer was altered: copy it again")
+        self._pieces = pieces
+        self._set_vocabulary(max(pieces) + 1, self._beginnings(content))
+        ids = np.arange(self.vocab_size)
+        absent = ~np.isin(ids, list(pieces))
+        added = [index for index, token in self._library.get_added_tokens_decoder().items() if token.special]
+        self.is_special = absent | np.isin(ids, [*added, *(index for index in special if index is not None)])
+        self.starts_word |= self.is_special
+        spelled = [index for index, piece in pieces.items() if re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+        self.is_fallback = np.isin(ids, [*spelled, -1 if special.unk is None else special.unk])
+
+    def normalise(self, text: str) -> str:
+        """The text itself: the file says what becomes of it."""
+        return text
+
+    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        if num_threads == 1:
+            encodings = [self._library.encode(text, add_special_tokens=False) for text in texts]
+        else:
+            encodings = self._library.encode_batch_fast(list(texts), add_special_tokens=False)
+        first, last = [self.special.cls], [self.special.sep]
+        return [np.array([*first, *e.ids, *last] if frame else e.ids, np.uint32) for e in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        decoded: str = self._library.decode([int(token) for token in ids if not self.is_special[token]])
+        return decoded
+
+    def piece(self, token: int) -> str:
+        return self._pieces.get(int(token), "")
+
+    def files(self) -> dict[str, bytes]:
+        return {GIVEN_FILE: self._content}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> Tokenizer:
+        found = json.loads((folder / TOKENIZER_FILE).read_bytes()).get("special_ids")
+        if not isinstance(found, dict) or list(found) != list(SPECIAL_PIECES):
+            raise DataError(f"{folder / TOKENIZER_FILE}: has no special_ids; the tokenizer was altered: copy it again")
+        if not (folder / GIVEN_FILE).is_file():
+            raise DataError(f"{folder / GIVEN_FILE}: no such file; copy the tokenizer folder again")
+        return cls((folder / GIVEN_FILE).read_bytes(), SpecialIds(*found.values()), str(folder / GIVEN_FILE))
+
+    def _beginnings(self, content: bytes) -> list[int]:
+        """Ids that begin a word: by a mark in front of them, or without the mark of those that continue one."""
+        model = json.loads(content)["model"]
+        continuing = model.get("continuing_subword_prefix")
+        if continuing:
+            return [index for index, piece in self._pieces.items() if not piece.startswith(continuing)]
+        marked = [index for index, piece in self._pieces.items() if piece.startswith(("\u2581", "\u0120"))]
+        return marked or list(self._pieces)
+
+
 KINDS: dict[str, type[Tokenizer]] = {
-    cls.kind: cls for cls in (SentencePieceTokenizer, BytesTokenizer, NucleotidesTokenizer, KmersTokenizer)
+    cls.kind: cls
+    for cls in (SentencePieceTokenizer, BytesTokenizer, NucleotidesTokenizer, KmersTokenizer, GivenTokenizer)
 }
 
 

@@ -18,12 +18,11 @@ from torch import nn
 
 from .encoder_hydra import Embedding, EncoderConfig, Head, encode_rows, mean_over_tokens
 from .encoder_hydra import Encoder as Layers
-from .tokenizer import CLS_ID, MASK_ID, PAD_ID, SEP_ID, Tokenizer
+from .tokenizer import Tokenizer
 
 __all__ = ["Encoder", "MaskedLanguageModel", "load"]
 
 _FOLDER = Path(__file__).parent
-_MASK = "[MASK]"
 
 
 class Trunk(nn.Module):
@@ -83,18 +82,20 @@ class Encoder:
         return self.model(input_ids.to(self.device), mask)
 
     def fill_mask(self, text: str, top: int = 5) -> list[tuple[str, float]]:
-        """The likeliest tokens for the first [MASK] of a text, with their probabilities.
+        """The likeliest tokens for the first mask token of a text, with their probabilities.
 
-        Raises ValueError if the text holds no [MASK].
+        The mask token is [MASK], unless the tokenizer has one of its own. Raises ValueError if the text holds none.
         """
-        tokenizer = self.tokenizer
-        if _MASK not in text:
-            raise ValueError(f"{text!r}: holds no {_MASK}; put one where a word is to be guessed")
-        ids = [CLS_ID]
-        for number, part in enumerate(text.split(_MASK)):
-            ids += [MASK_ID] if number else []
+        tokenizer, special = self.tokenizer, self.tokenizer.special
+        mask = tokenizer.piece(special.mask)
+        if mask not in text:
+            raise ValueError(f"{text!r}: holds no {mask}; put one where a word is to be guessed")
+        ids = [special.cls]
+        for number, part in enumerate(text.split(mask)):
+            ids += [special.mask] if number else []
             ids += tokenizer.encode([tokenizer.normalise(part)], frame=False)[0].tolist()
-        probabilities = self.logits(torch.tensor([[*ids, SEP_ID]]))[0, ids.index(MASK_ID)].float().softmax(-1)
+        place = ids.index(special.mask)
+        probabilities = self.logits(torch.tensor([[*ids, special.sep]]))[0, place].float().softmax(-1)
         best = probabilities[: tokenizer.vocab_size].topk(top)  # the model may have more rows than there are tokens
         words = [tokenizer.decode([token]).strip() or tokenizer.piece(token) for token in best.indices.tolist()]
         return list(zip(words, best.values.tolist(), strict=True))
@@ -106,7 +107,7 @@ class Encoder:
         for first in range(0, len(texts), batch_size):
             rows = [torch.tensor(self.tokenize(text)) for text in texts[first : first + batch_size]]
             pad = nn.utils.rnn.pad_sequence
-            input_ids = pad(rows, batch_first=True, padding_value=PAD_ID).to(self.device)
+            input_ids = pad(rows, batch_first=True, padding_value=self.tokenizer.special.pad).to(self.device)
             mask = pad([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)
             vectors.append(mean_over_tokens(self.model.hydra(input_ids, mask), mask).cpu())
         return torch.cat(vectors) if vectors else torch.empty(0, self.model.head.dense.in_features)
