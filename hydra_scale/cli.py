@@ -233,7 +233,9 @@ def convert(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Run, checkpoint, folder or file to read.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder or file to write; must not exist.")],
     source_kind: Annotated[str, typer.Option("--from", help="run | public-hydra | huggingface | wheel | mixer")],
-    target_kind: Annotated[str, typer.Option("--to", help="huggingface | wheel | torch-export | public-hydra | mixer")],
+    target_kind: Annotated[
+        str, typer.Option("--to", help="huggingface | wheel | torch-export | onnx | public-hydra | mixer")
+    ],
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[model.a.b=value ...]", help="What a public-hydra or mixer file does not tell."),

@@ -11,6 +11,7 @@ import torch
 from hydra_scale.config import ParallelConfig
 from hydra_scale.convert.bare_mixer import read_mixer, run_mixer, write_mixer
 from hydra_scale.convert.exported import read_contents
+from hydra_scale.convert.onnx_export import run_onnx, write_onnx
 from hydra_scale.convert.package import EncoderPackage, MixerPackage, Output, Probe
 from hydra_scale.convert.public_hydra import read_public, run_public, write_public
 from hydra_scale.convert.run import read_run
@@ -56,8 +57,8 @@ SOURCES: dict[str, Callable[[Path, Sequence[str]], Package]] = {
     "wheel": lambda path, settings: read_wheel(path),
 }
 _WITH_SETTINGS = ("public-hydra", "mixer")
-TARGETS = ("huggingface", "wheel", "public-hydra", "mixer", "torch-export")
-_MIXER_TARGETS = ("mixer", "torch-export")
+TARGETS = ("huggingface", "wheel", "public-hydra", "mixer", "torch-export", "onnx")
+_MIXER_TARGETS = ("mixer", "torch-export", "onnx")
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
@@ -69,7 +70,7 @@ def convert(source_kind: str, target_kind: str, source: Path, target: Path, opti
     Raises:
         ConfigError: forms that cannot be converted, or an option that does not belong to them.
         CheckpointError, DataError: the source cannot be read, the target exists, or the two models differ.
-        EnvironmentFault: the transformers library is needed and absent.
+        EnvironmentFault: transformers or the ONNX libraries are needed and absent.
     """
     _check_forms(source_kind, target_kind)
     _check_options(source_kind, target_kind, options)
@@ -137,6 +138,8 @@ def _target(kind: str, options: Options) -> Target:
         return Target(write_public, run_public)
     if kind == "mixer":
         return Target(write_mixer, run_mixer, "vectors")
+    if kind == "onnx":
+        return Target(write_onnx, run_onnx, "vectors")
     return Target(write_exported, run_exported, "vectors")
 
 

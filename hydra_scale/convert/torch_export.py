@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.export import Dim
+from torch.export import Dim, ExportedProgram
 
 from hydra_scale.convert.package import EncoderPackage, MixerPackage, Probe, check_same_tensors
 from hydra_scale.convert.padded import PaddedEncoder, PaddedMixer
@@ -22,8 +22,20 @@ def write_exported(package: EncoderPackage | MixerPackage, path: Path) -> None:
         ConfigError: the file's name ends otherwise.
         CheckpointError: the parameters are not those of the model.
     """
-    if path.suffix != SUFFIX:
-        raise ConfigError(f"{path}: the name of the file to write must end in {SUFFIX}")
+    check_suffix(path, SUFFIX)
+    program = exported_program(package)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.export.save(program, path)
+
+
+def check_suffix(path: Path, suffix: str) -> None:
+    """ConfigError unless the file to write is named so."""
+    if path.suffix != suffix:
+        raise ConfigError(f"{path}: the name of the file to write must end in {suffix}")
+
+
+def exported_program(package: EncoderPackage | MixerPackage) -> ExportedProgram:
+    """The graph of the padded model with its weights, of any number of rows of any length."""
     longest = _LONGEST
     if isinstance(package, EncoderPackage):
         model: nn.Module = PaddedEncoder(package.model, package.vocab_size)
@@ -40,14 +52,12 @@ def write_exported(package: EncoderPackage | MixerPackage, path: Path) -> None:
     mask = torch.ones(inputs.shape[:2], dtype=torch.int64)
     axes = {0: Dim("batch", min=1, max=1 << 16), 1: Dim("seqlen", min=1, max=longest)}
     with torch.no_grad():
-        program = torch.export.export(
+        return torch.export.export(
             model.eval().requires_grad_(False),
             (inputs, mask),
             dynamic_shapes=(axes, axes),
             prefer_deferred_runtime_asserts_over_guards=True,  # or the number of blocks is fixed at the example's
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.export.save(program, path)
 
 
 def run_exported(path: Path, package: EncoderPackage | MixerPackage, probe: Probe) -> torch.Tensor:
