@@ -41,8 +41,8 @@ test: $(READY)  ## The whole test suite for the CPU
 	@OMP_NUM_THREADS=1 CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m $(SHORT) -n auto --maxprocesses 4 tests/kernels tests/unit
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m $(SHORT) --ignore tests/kernels --ignore tests/unit
 
-test-faults: $(READY)  ## Every test of faults, the long ones and those on a real Slurm included
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/faults tests/slurm
+test-faults: $(READY)  ## Every test of faults, the long ones and those on a real Slurm included; writes their table
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/faults tests/slurm --fault-table docs/reliability.md
 
 test-resume-matrix: $(READY)  ## Every layout continues what every other saved, fp32 and bf16: 162 pairs
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed/test_resume_matrix.py

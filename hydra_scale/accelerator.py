@@ -6,9 +6,11 @@ Nothing else in the project asks whether CUDA is there.
 import logging
 import os
 import resource
+import socket
 import time
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -138,3 +140,23 @@ class _NoCuda(TorchFunctionMode):
         if kwargs.get("device") == "cuda":
             kwargs = kwargs | {"device": "cpu"}
         return function(*args, **kwargs)
+
+
+@contextmanager
+def naming_lack_of_memory(rank: int) -> Iterator[None]:
+    """Turn PyTorch's errors about memory, which on a CPU have no class of their own, into one that says what to do.
+
+    Raises:
+        EnvironmentFault: an allocation failed.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_lack = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not is_lack:
+            raise
+        raise EnvironmentFault(
+            f"rank {rank} on {socket.gethostname()}: out of memory: {str(error).partition(chr(10))[0]}; lower"
+            " training.micro_batch_size, or set training.recompute, zero.stage or parallel (`hydra-scale plan` shows"
+            " what fits)"
+        ) from error

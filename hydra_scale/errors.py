@@ -57,3 +57,7 @@ class NumericsFault(HydraScaleError):
     """A loss or gradient is not finite."""
 
     exit_code = 7
+
+
+class WeightsDiffer(NumericsFault):
+    """Ranks that should hold the same weights do not: what was saved since they last did is not to be trusted."""

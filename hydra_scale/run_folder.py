@@ -22,21 +22,24 @@ log = logging.getLogger(__name__)
 
 _MAY_CHANGE = (
     "parallel.", "zero.", "checkpoint.", "monitor.", "watchdog.", "numerics.", "evaluation.", "data.train", "data.eval",
-    "data.cache", "training.micro_batch_size", "training.steps", "training.recompute.", "training.cuda_graphs",
-    "model.mixer.backend", "model.mixer.chunk_size",
+    "data.cache", "data.skip_batches", "training.micro_batch_size", "training.steps", "training.recompute.",
+    "training.cuda_graphs", "model.mixer.backend", "model.mixer.chunk_size",
 )  # fmt: skip
-"""Settings that a run may change when it continues: none of them changes what is computed, but for training.steps,
-which stretches the schedule. The data folders may move; their content is compared by fingerprint."""
+"""Settings that a run may change when it continues. Most of them change nothing that is computed. What does:
+training.steps, which stretches the schedule; numerics.*, which decides over steps that went wrong from here on; and
+data.skip_batches, which leaves out batches from here on or from an earlier checkpoint on. The data folders may move;
+their content is compared by fingerprint."""
 
 
 class RunFolder:
-    """RUN/config.yaml metrics.jsonl train.log tensorboard/ checkpoints/ ledger.jsonl tokenizer/ weights/"""
+    """RUN/config.yaml metrics.jsonl ledger.jsonl skipped.json train.log tensorboard/ checkpoints/ tokenizer/ weights"""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.ledger_file = path / "ledger.jsonl"
+        self.skipped_file = path / "skipped.json"
         self.log_file = path / "train.log"
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"
@@ -68,12 +71,19 @@ class RunFolder:
             )
 
     def prepare(self, config: Config, tokenizer: Path) -> None:
-        """Create or refresh the folder: resolved configuration and a copy of the tokenizer. Main rank only."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_durably(self.config_file, dump_config(config).encode())  # first: it marks the folder as a run's
-        self.checkpoints.path.mkdir(exist_ok=True)
-        self.checkpoints.clear_unfinished()
-        shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
+        """Create or refresh the folder: resolved configuration and a copy of the tokenizer. Main rank only.
+
+        Raises:
+            EnvironmentFault: it cannot be written.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_durably(self.config_file, dump_config(config).encode())  # first: it marks the folder as a run's
+            self.checkpoints.path.mkdir(exist_ok=True)
+            self.checkpoints.clear_unfinished()
+            shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
+        except OSError as error:
+            raise EnvironmentFault(f"{self.path}: cannot be written: {error}; free space or permissions") from None
 
     def rewind_logs(self, step: int) -> None:
         """Drop from metrics and ledger what follows `step`: it will be computed again. Main rank only."""

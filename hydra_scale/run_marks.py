@@ -61,7 +61,7 @@ class RunMarks:
         """
         try:
             return int(json.loads(self._done.read_text())["steps"])
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return 0
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self._done}: not a done marker: {error!r}; delete it to train on") from None

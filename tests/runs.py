@@ -1,6 +1,7 @@
 """Training runs for tests: what a rank executes, and what it left in its run folder."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import torch
 from hydra_scale.config_file import load_config
 from hydra_scale.run_folder import RunFolder
 
+NOTES = {"stopped", "slow_rank", "skipped", "transient", "skipped_batches"}
+"""Keys of lines of metrics.jsonl that tell what happened, and are no row of a step or an evaluation."""
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
 
@@ -19,10 +22,33 @@ def train(run_dir: Path, overrides: list[str]) -> None:
     pretrain(load_config(TINY, overrides), run_dir)
 
 
+def before_call(function: Callable[..., Any], count: int, action: Callable[[], Any]) -> Callable[..., Any]:
+    """`function`, which does `action` first when it is called for the `count`-th time."""
+    calls = 0
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == count:
+            action()
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
 def rows(run_dir: Path, key: str) -> list[float]:
-    """One number a step (or evaluation) from metrics.jsonl, without notes of stops, slow ranks and skipped steps."""
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line[key] for line in lines if key in line and not {"stopped", "slow_rank", "skipped"} & line.keys()]
+    """One number a step (or evaluation) from metrics.jsonl, without the notes."""
+    return [line[key] for line in metrics(run_dir) if key in line and not NOTES & line.keys()]
+
+
+def notes(run_dir: Path, key: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that are notes of that kind."""
+    return [line for line in metrics(run_dir) if key in line]
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def ledger(run_dir: Path) -> list[dict[str, Any]]:

@@ -3,14 +3,17 @@
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from hydra_scale.checkpoint.files import remove_folder
-from hydra_scale.checkpoint.manifest import read_manifest, verify_files
+from hydra_scale.checkpoint.manifest import CheckpointManifest, read_manifest, verify_files
 from hydra_scale.errors import CheckpointError
 
 log = logging.getLogger(__name__)
 _NAME = re.compile(r"step-(\d{8})")
+REWOUND = "rewound"
+"""Why checkpoints are set aside that a run left behind when it went back: see `set_aside_after`."""
 
 
 class CheckpointFolder:
@@ -28,8 +31,8 @@ class CheckpointFolder:
         names = (_NAME.fullmatch(entry.name) for entry in self.path.glob("step-*"))
         return sorted(int(match[1]) for match in names if match)
 
-    def newest_whole(self) -> Path | None:
-        """The newest checkpoint whose every byte agrees with its manifest; None if the run has no checkpoint yet.
+    def newest_whole(self, fits: Callable[[CheckpointManifest], bool] = lambda manifest: True) -> Path | None:
+        """The newest checkpoint that `fits` and whose every byte agrees with its manifest; None if there is none yet.
 
         A damaged one is logged and the one before it is tried.
 
@@ -41,6 +44,8 @@ class CheckpointFolder:
             folder = self.at(step)
             try:
                 manifest = read_manifest(folder)
+                if not fits(manifest):
+                    continue
                 manifest.check_whole(folder)
                 verify_files(folder, manifest)
             except CheckpointError as error:
@@ -55,13 +60,18 @@ class CheckpointFolder:
             )
         return None
 
-    def set_aside_after(self, step: int) -> None:
-        """Rename the damaged checkpoints after `step`: they neither block nor count, and stay for inspection."""
-        for damaged in (self.at(other) for other in self.steps() if other > step):
-            aside = damaged.with_name(f"damaged-{damaged.name}")
+    def rewound_steps(self) -> list[int]:
+        """Steps of the checkpoints that were set aside because the run went back behind them."""
+        return sorted(int(entry.name.rpartition("-")[2]) for entry in self.path.glob(f"{REWOUND}-step-*"))
+
+    def set_aside_after(self, step: int, reason: str = "damaged") -> None:
+        """Rename the checkpoints after `step`, all damaged or passed over for another `reason`: they neither block nor
+        count, and stay for inspection."""
+        for passed_over in (self.at(other) for other in reversed(self.steps()) if other > step):
+            aside = passed_over.with_name(f"{reason}-{passed_over.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            damaged.rename(aside)
-            log.warning("%s: set aside as %s", damaged, aside.name)
+            passed_over.rename(aside)
+            log.warning("%s: set aside as %s", passed_over, aside.name)
 
     def clear_unfinished(self) -> None:
         """Remove what interrupted saves and deletions left behind; never a published checkpoint."""

@@ -94,6 +94,11 @@ class Saver:
         self._snapshot.take(slices)
         self._save = _Save(folder, step, state, may_publish, self._in_background(_write_own_file, aside))
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank's part of a save is still being written."""
+        return self._save is not None and not self._save.running.done()
+
     def poll(self) -> int | None:
         """At a step edge: step of the save that has become visible since the last call, None if none has.
 
@@ -143,7 +148,7 @@ class Saver:
             try:
                 return write(aside, self._snapshot)
             except Exception as error:  # whatever it is, all ranks must hear of it
-                return f"rank {self._rank}: {error}"
+                return f"rank {self._rank}: {error}; {_room(aside, self._snapshot)}"
 
         return self._thread.submit(run)
 
@@ -169,6 +174,13 @@ def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.writing")
 
 
+def _room(aside: Path, snapshot: Snapshot) -> str:
+    needed = sum(tensor.nbytes for tensor in snapshot.tensors.values())
+    with contextlib.suppress(OSError):
+        return f"its file needs {needed:,} bytes, {shutil.disk_usage(aside.parent).free:,} are free"
+    return f"its file needs {needed:,} bytes"
+
+
 def _write_own_file(aside: Path, snapshot: Snapshot) -> Written:
     path = aside / snapshot.file
     save_file(snapshot.tensors, path)
@@ -179,6 +191,7 @@ def _write_own_file(aside: Path, snapshot: Snapshot) -> Written:
 def _publish_if_whole(save: _Save, everyone: list[Any]) -> str | None:
     """Rank 0: merge the ranks' records, write the manifest, rename. Returns what went wrong, or None."""
     if failures := [each for each in everyone if isinstance(each, str)]:
+        shutil.rmtree(save.aside, ignore_errors=True)  # it takes room that the next one may need
         return "; ".join(failures)
     try:
         manifest = _merge(save.step, save.state, everyone)

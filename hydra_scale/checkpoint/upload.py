@@ -55,6 +55,10 @@ class RemoteCheckpoints:
         """Upload a published checkpoint, after those begun before it."""
         self._uploads.append(self._thread.submit(self._told, folder))
 
+    def withdraw(self, step: int) -> None:
+        """Delete the checkpoint of a step there: the run went back behind it."""
+        self._uploads.append(self._thread.submit(self._withdrawn, f"step-{step:08d}"))
+
     def tell(self) -> None:
         """Log the failures of uploads that have ended since the last call."""
         ended = [upload for upload in self._uploads if upload.done() and not upload.cancelled()]
@@ -122,6 +126,13 @@ class RemoteCheckpoints:
                 self._delete(f"step-{step:08d}")
         except Exception as error:  # whatever it is, training goes on and says so
             return f"{folder.name} is not at {self._address}: {error!r}; it stays whole in {folder.parent}"
+        return None
+
+    def _withdrawn(self, name: str) -> str | None:
+        try:
+            self._delete(name)
+        except Exception as error:  # as above
+            return f"{name} of before the run went back is still at {self._address}: {error!r}; delete it by hand"
         return None
 
     def _upload(self, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from hydra_scale.config.section import PositiveInt, Section
 
@@ -32,6 +32,12 @@ class MaskingConfig(Section):
         return self
 
 
+def _ascending(interval: tuple[int, int]) -> tuple[int, int]:
+    if interval[0] > interval[1]:
+        raise ValueError(f"found {list(interval)}; expected the first batch, then the last")
+    return interval
+
+
 MaskRate = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
@@ -49,6 +55,7 @@ Folders = Annotated[
     Annotated[str, Tag("folder")] | Annotated[tuple[SourceConfig, ...], Field(min_length=1), Tag("list")],
     Discriminator(lambda value: "list" if isinstance(value, list | tuple) else "folder"),
 ]
+BatchInterval = Annotated[tuple[PositiveInt, PositiveInt], AfterValidator(_ascending)]
 MaskRatePoint = tuple[Annotated[int, Field(ge=0)], MaskRate]
 MaskRates = Annotated[
     Annotated[MaskRate, Tag("constant")] | Annotated[tuple[MaskRatePoint, ...], Field(min_length=1), Tag("schedule")],
@@ -82,6 +89,10 @@ class DataConfig(Section):
     eval_mask_rate: MaskRate = 0.15
     """Fraction of the ordinary tokens to predict in evaluation."""
     masking: MaskingConfig = MaskingConfig()
+    skip_batches: tuple[BatchInterval, ...] = ()
+    """First and last number of batches that are not trained on, counted from 1: in a run that skips nothing, step n
+    trains on batch n. A run that has trained on them already goes back to its newest checkpoint from before; what has
+    been skipped once stays skipped."""
 
     @property
     def sources(self) -> tuple[SourceConfig, ...]:

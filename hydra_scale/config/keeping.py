@@ -23,6 +23,9 @@ class CheckpointConfig(Section):
     run has a checkpoint of its own, that is what it continues from."""
     asynchronous: bool = True
     """Train on while a checkpoint is written, from a copy in host memory; the last one of a run is waited for."""
+    on_failure: Literal["stop", "continue"] = "stop"
+    """Of a save that fails, say because the disk is full. stop: the run ends with exit code 4; continue: it trains on
+    with a warning and tries again after `every` steps. The last save of a run must succeed."""
     weights_at_end: bool = False
     """Leave RUN/weights when the last step is done: a run folder without moments, a third of a checkpoint's size."""
     upload: str | None = None

@@ -16,6 +16,7 @@ from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER
 from hydra_scale.data.masking import Masking
 from hydra_scale.data.sequences import MixedSplits, PreparedSplit
 from hydra_scale.data.shards import TokenStore
+from hydra_scale.data.skipping import Skipped, batch_of
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 from hydra_scale.topology import Topology
@@ -173,24 +174,31 @@ class TrainingData:
         return ", ".join(str(split.store.reading) for split in self._sequences.splits if split.store.reading)
 
     def micro_batches(
-        self, step: int, rank: int, num_ranks: int, global_batch_size: int, micro_batch_size: int
+        self,
+        step: int,
+        rank: int,
+        num_ranks: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        skipped: Skipped = (),
     ) -> list[Batch]:
         """What data parallel rank `rank` of `num_ranks` computes in step `step`, counted from 0.
 
         The global batch is sequences [step * global_batch_size, (step + 1) * global_batch_size) of the run, whatever
-        the number of ranks; each takes an equal stretch of it. `num_ranks` divides `global_batch_size`.
+        the number of ranks, unless batches are `skipped`; each rank takes an equal stretch of it. The mask rate is the
+        step's. `num_ranks` divides `global_batch_size`.
 
         Raises:
             DataError: a shard is missing, cut or altered.
         """
         share = global_batch_size // num_ranks
-        begin = step * global_batch_size + rank * share
+        begin = (batch_of(step + 1, skipped) - 1) * global_batch_size + rank * share
         firsts, rate = range(begin, begin + share, micro_batch_size), self._config.mask_rate_at(step)
         return [self._batch(first, min(micro_batch_size, begin + share - first), rate) for first in firsts]
 
-    def ledger_hash(self, step: int, global_batch_size: int) -> str:
-        """Hex sha256 of the global batch of a step: its (document, start, stop), int64, in order. Reads no token."""
-        pieces = self._sequences.pieces(step * global_batch_size, global_batch_size)
+    def ledger_hash(self, batch: int, global_batch_size: int) -> str:
+        """Hex sha256 of a global batch, counted from 0: its (document, start, stop), int64, in order."""
+        pieces = self._sequences.pieces(batch * global_batch_size, global_batch_size)
         rows = np.stack([pieces.documents, pieces.starts, pieces.stops], axis=1)
         return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 
@@ -203,6 +211,7 @@ class TrainingData:
         num_ranks: int,
         global_batch_size: int,
         micro_batch_size: int,
+        skipped: Skipped = (),
     ) -> Iterator[Iterator[tuple[int, list[Batch]]]]:
         """Steps [first_step, last_step) as (step, micro batches), made by one thread that stays two steps ahead.
 
@@ -210,7 +219,7 @@ class TrainingData:
         """
 
         def make(step: int) -> list[Batch]:
-            return self.micro_batches(step, rank, num_ranks, global_batch_size, micro_batch_size)
+            return self.micro_batches(step, rank, num_ranks, global_batch_size, micro_batch_size, skipped)
 
         with ThreadPoolExecutor(1, "hydra-scale-data") as thread:
             yield _ahead(thread, make, range(first_step, last_step))

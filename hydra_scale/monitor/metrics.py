@@ -1,7 +1,7 @@
 """The names of all metrics, in one place: as keys of metrics.jsonl and as TensorBoard tags."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 TENSORBOARD_TAGS = {
     "loss": "train/loss",
@@ -17,6 +17,17 @@ TENSORBOARD_TAGS = {
     "eval/unigram_accuracy": "eval/unigram_accuracy",
 }
 """Key of metrics.jsonl to TensorBoard tag; the x-axis of all is the step."""
+
+
+class LedgerEntry(NamedTuple):
+    """What a step trains on."""
+
+    batch: int
+    """Its number, counted from 1."""
+    num_skipped: int
+    """Batches left out between the step before and this one."""
+    documents: str
+    """Hash of the batch's document ids."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 
@@ -12,12 +12,26 @@ from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.save import Saver
 from hydra_scale.checkpoint.upload import RemoteCheckpoints
 from hydra_scale.config import Config
-from hydra_scale.errors import CheckpointError, HydraScaleError, NumericsFault
+from hydra_scale.data.skipping import Skipped
+from hydra_scale.errors import CheckpointError, HydraScaleError, NumericsFault, WeightsDiffer
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import Topology
+from hydra_scale.training.rewinding import Rewind, Rewinds
 
 log = logging.getLogger(__name__)
+
+
+class Start(NamedTuple):
+    """Where a start, or a rewind, begins."""
+
+    step: int
+    """Steps done."""
+    tokens: int
+    """Trained on so far."""
+    numerics: dict[str, Any]
+    """State of the guard."""
+    skipped: Skipped
 
 
 class Checkpointing:
@@ -30,6 +44,8 @@ class Checkpointing:
         self, run: RunFolder, optimizer: ZeroOptimizer, config: Config, topology: Topology, data_fingerprint: str
     ) -> None:
         self._run, self._optimizer, self._config, self._topology = run, optimizer, config.checkpoint, topology
+        self._rewinds = Rewinds(run, config)
+        self._skipped: Skipped = ()
         self._data_fingerprint, self._asynchronous = data_fingerprint, config.checkpoint.asynchronous
         self._saver = Saver(topology.accelerator.device)
         self._remote: RemoteCheckpoints | None = None  # the main rank's, once `restore` has looked there
@@ -40,24 +56,26 @@ class Checkpointing:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, NumericsFault):  # on all ranks alike; what is being saved is of before
-            self._published(self._saver.finish())
+        if isinstance(error, NumericsFault) and not isinstance(error, WeightsDiffer):
+            try:  # on all ranks alike; what is being saved is of before
+                self._published(self._saver.finish())
+            except CheckpointError as failure:
+                log.warning("%s", failure)
         self._saver.__exit__(kind, error, trace)
         if self._remote is not None:
             self._remote.close(wait=error is None)
 
-    def restore(self, parameter_names: set[str]) -> tuple[int, int, dict[str, Any]]:
-        """Load the newest whole checkpoint; returns its step, the tokens trained on and the guard's
-        state; zeros and nothing if there is none.
+    def restore(self, parameter_names: set[str]) -> Start:
+        """Load the newest whole checkpoint that has trained on nothing that is skipped, if there is any checkpoint.
 
         Raises:
-            CheckpointError: no whole checkpoint among those there, or it is of another model or other data.
+            CheckpointError: no such one among those there, or it is of another model or other data.
         """
-        folder = on_main_rank(self._choose)
+        folder, self._skipped = on_main_rank(self._choose)
         if folder is None:
             log.info("%s: no checkpoint yet, starting at step 0", self._run.path)
             self._optimizer.check_slices()
-            return 0, 0, {}
+            return Start(0, 0, {}, self._skipped)
         with CheckpointReader(folder) as reader:
             state = reader.manifest.state
             if state["data"] != self._data_fingerprint:
@@ -73,7 +91,7 @@ class Checkpointing:
         self._optimizer.finish_load()
         self._optimizer.check_slices()
         log.info("continuing from %s", folder)
-        return reader.manifest.step, state["tokens"], numerics
+        return Start(reader.manifest.step, state["tokens"], numerics, self._skipped)
 
     def save(
         self, step: int, tokens: int, numerics: dict[str, Any], may_publish: Callable[[], None], *, wait: bool
@@ -83,20 +101,45 @@ class Checkpointing:
         Returns the steps published meanwhile. The oldest beyond those to keep are deleted after each.
 
         Raises:
-            CheckpointError: on all ranks; either save failed, or `may_publish` raised.
+            CheckpointError: on all ranks; either save failed, or `may_publish` raised; see checkpoint.on_failure.
         """
-        published = self._published(self._saver.finish())
-        state: dict[str, Any] = {"tokens": tokens, "data": self._data_fingerprint, "numerics": numerics}
+        if self._saver.is_busy:
+            log.warning("step %d waits for the save before it: the disk is slow, or checkpoint.every too short", step)
+        published = self._published_or_told(self._saver.finish)
+        state: dict[str, Any] = {
+            "tokens": tokens, "data": self._data_fingerprint, "numerics": numerics, "skipped_batches": self._skipped,
+        }  # fmt: skip
         self._saver.begin(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state, may_publish)
-        if wait or not self._asynchronous:
+        if wait:
             published += self._published(self._saver.finish())
+        elif not self._asynchronous:
+            published += self._published_or_told(self._saver.finish)
         return published
 
     def poll(self) -> list[int]:
         """At each step edge: the step published since the last, if any. Raises CheckpointError as `save`."""
         if self._remote is not None:
             self._remote.tell()
-        return self._published(self._saver.poll())
+        return self._published_or_told(self._saver.poll)
+
+    def rewind(self, step: int, why: str) -> Rewind:
+        """Decide on all ranks to go back from `step`: finish the save under way, write down what the next start does.
+
+        Raises:
+            NumericsFault, CheckpointError: on all ranks; it may not go back again, or to nothing whole.
+        """
+        self._published_or_told(self._saver.finish)
+        return cast(Rewind, on_main_rank(lambda: self._rewinds.decide(step, self._skipped, why)))
+
+    def _published_or_told(self, end_of_save: Callable[[], int | None]) -> list[int]:
+        """Of a save behind the back of training."""
+        try:
+            return self._published(end_of_save())
+        except CheckpointError as error:  # on all ranks alike
+            if self._config.on_failure == "stop":
+                raise
+            log.warning("%s", error)
+            return []
 
     def _published(self, step: int | None) -> list[int]:
         if step is None:
@@ -107,20 +150,25 @@ class Checkpointing:
             self._run.retain_checkpoints(self._config)
         return [step]
 
-    def _choose(self) -> Any:
-        folder = self._run.checkpoints.newest_whole()
-        if folder is not None:
-            self._run.checkpoints.set_aside_after(int(folder.name.removeprefix("step-")))
-        if self._config.upload is not None:
-            self._remote = RemoteCheckpoints(self._config.upload, self._config.upload_keep)
-            folder = self._agreed_with_remote(folder, self._remote)
-        return folder
+    def _choose(self) -> tuple[Path | None, Skipped]:
+        own, skipped = self._rewinds.start()
+        if self._config.upload is None:
+            return own, skipped
+        self._remote = RemoteCheckpoints(self._config.upload, self._config.upload_keep)
+        folder = self._agreed_with_remote(own, self._remote)
+        if folder is not None and own is None:
+            skipped = self._rewinds.adopt(folder, skipped)
+        return folder, skipped
 
     def _agreed_with_remote(self, folder: Path | None, remote: RemoteCheckpoints) -> Path | None:
         """Where to continue: `folder`, uploaded again if its upload was cut short, or what is fetched from there."""
         there = remote.steps()
         if folder is not None:
-            if int(folder.name.removeprefix("step-")) not in there:
+            step = int(folder.name.removeprefix("step-"))
+            for behind in self._run.checkpoints.rewound_steps():
+                if behind > step and behind in there:
+                    remote.withdraw(behind)
+            if step not in there:
                 remote.begin(folder)
             return folder
         if there and not self._config.fetch:

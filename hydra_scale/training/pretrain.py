@@ -5,14 +5,17 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from hydra_scale.accelerator import naming_lack_of_memory
 from hydra_scale.checkpoint.initial import start_from
 from hydra_scale.config import Config
 from hydra_scale.data.loader import EvaluationData, TrainingData
+from hydra_scale.data.skipping import batch_of
 from hydra_scale.evaluation.masked_lm import evaluate
 from hydra_scale.meeting import facts_of
 from hydra_scale.model.build import vocab_size_for
 from hydra_scale.model.masked_lm import MaskedLanguageModel
 from hydra_scale.monitor.console import logged_to
+from hydra_scale.monitor.metrics import LedgerEntry
 from hydra_scale.monitor.monitor import Monitor
 from hydra_scale.parallel.pipeline import names_of_all_stages
 from hydra_scale.parallel.zero import ZeroOptimizer
@@ -21,6 +24,7 @@ from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joi
 from hydra_scale.training.assembly import assembled
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.guard import NumericsGuard
+from hydra_scale.training.rewinding import Rewinds
 from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
 from hydra_scale.training.step_edge import StepEdge
@@ -47,7 +51,7 @@ def pretrain(config: Config, run_dir: Path, notices: StopNotices | None = None) 
     env = ProcessEnvironment.read()
     check_layout(config, env.world_size)
     run = RunFolder(run_dir)
-    if run.marks.steps_done() >= config.training.steps:
+    if run.marks.steps_done() >= config.training.steps and Rewinds(run, config).are_known():
         run.check(config)
         log.info("%s: all %d steps are done", run.path, config.training.steps)
         return StopReason.NONE
@@ -57,6 +61,7 @@ def pretrain(config: Config, run_dir: Path, notices: StopNotices | None = None) 
         Watchdog(limits, env.rank, env.world_size) as watchdog,
         joined(config.parallel, timeout, facts_of(config), meet_within) as topology,
         watchdog.naming_the_lost(),
+        naming_lack_of_memory(env.rank),
     ):
         return _open(config, run, topology, notices, watchdog)
 
@@ -70,8 +75,13 @@ def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotic
     with logged_to(run.log_file, topology.is_main):
         edge = StepEdge(run, notices, topology)
         watchdog.meet(on_main_rank(lambda: new_board(run.watch, edge.epoch)), lambda: f"reading {data.reading}")
-        with assembled(config, vocab_size, topology, partial(_initialise, config, run, topology)) as (model, optimizer):
-            return _loop(config, run, topology, edge, watchdog, data, held_out, model, optimizer)
+        initialise = partial(_initialise, config, run, topology)
+        while True:
+            with assembled(config, vocab_size, topology, initialise) as (model, optimizer):
+                stop = _loop(config, run, topology, edge, watchdog, data, held_out, model, optimizer)
+            if stop is not None:
+                return stop
+            watchdog.enter("start-up", 0)  # going back is a start in the same processes
 
 
 def _initialise(config: Config, run: RunFolder, topology: Topology, model: MaskedLanguageModel) -> None:
@@ -90,25 +100,28 @@ def _loop(
     held_out: EvaluationData,
     model: MaskedLanguageModel,
     optimizer: ZeroOptimizer,
-) -> StopReason:
+) -> StopReason | None:
+    """Train to the end or a reason to stop; None if the run is to go back to an earlier checkpoint."""
     times = ComputeTimes(model, topology, config.watchdog, config.monitor.console_every)
     names = names_of_all_stages(model, topology)
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
-    first_step, tokens, numerics = checkpointing.restore(names)
+    first_step, tokens, numerics, skipped = checkpointing.restore(names)
     guard = NumericsGuard(model, config, topology, numerics)
     on_main_rank(lambda: run.rewind_logs(first_step))
     if first_step >= config.training.steps:
         log.info("%s: has all %d steps already", run.path, config.training.steps)
 
-    num_steps, batch, ranks = config.training.steps, config.training, (topology.batch_rank, topology.batch_size)
+    num_steps, batch_size = config.training.steps, config.training.global_batch_size
+    share = topology.batch_rank, topology.batch_size, batch_size, config.training.micro_batch_size
 
-    def ledger(step: int) -> str:
-        return data.ledger_hash(step - 1, batch.global_batch_size)
+    def ledger(step: int) -> LedgerEntry:
+        before, number = batch_of(step - 1, skipped), batch_of(step, skipped)
+        return LedgerEntry(number, number - before - 1, data.ledger_hash(number - 1, batch_size))
 
     with (
         checkpointing,
         Monitor(run, config, topology, first_step, ledger) as monitor,
-        data.prefetch(first_step, num_steps, *ranks, batch.global_batch_size, batch.micro_batch_size) as batches,
+        data.prefetch(first_step, num_steps, *share, skipped) as batches,
     ):
         step, stop = first_step, edge.stop_reason()  # a notice may have come while all this was built
         watchdog.enter("data", first_step + 1)
@@ -119,12 +132,18 @@ def _loop(
             watchdog.enter("step", step)
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
             guard.check_replicas(step)
-            result = train_step(optimizer, micro_batches, lr, topology, guard.allows)
-            tokens += result.num_tokens
-            if why := guard.skips(step, result):
-                monitor.skipped(step, result, why)
+            compute = partial(train_step, optimizer, micro_batches, lr, topology, guard.allows)
+            judged = guard.judge(step, batch_of(step, skipped), compute)
+            if judged.verdict == "rewind":
+                watchdog.enter("save", step)
+                rewind = checkpointing.rewind(step, judged.why)
+                monitor.goes_back(step, rewind.to_step, rewind.batches, judged.why)
+                return None
+            tokens += judged.result.num_tokens
+            if judged.verdict == "skipped":
+                monitor.skipped(step, judged.result, judged.why)
             else:
-                monitor.step(step, tokens, lr, result)
+                monitor.step(step, tokens, lr, judged.result, judged.why)
             for slow in times.after(step):
                 monitor.slow_rank(step, slow.rank, times.hosts[slow.rank], slow.speed)
             stop = edge.stop_reason()

@@ -165,7 +165,7 @@ class Watchdog:
     def _look_on(self) -> None:
         """Two looks at the board, more than two beats apart, the second when the limit is reached."""
         before: tuple[_Place, dict[int, Record]] | None = None
-        apart = 3 * self._beat_seconds
+        apart, shortest = 3 * self._beat_seconds, min(self._limits.values())
         while True:
             place = self._place
             age, limit = time.monotonic() - place.since, self._limits[place.phase]
@@ -177,8 +177,9 @@ class Watchdog:
                 before = place, self._board.read()
             if age >= limit or (age >= limit / 2 and self._has_verdict()):
                 self._end(place, before[1] if before else {})
-            pause = max(0.05, min(1.0, limit - age, limit / 40))
-            if self._stopped.wait(pause if age >= limit / 2 else max(pause, min(self._beat_seconds, limit / 8))):
+            # a phase with a shorter limit may begin meanwhile, and its main thread let nobody set the timer to that
+            pause = max(0.05, min(1.0, limit - age, shortest / 40))
+            if self._stopped.wait(pause if age >= limit / 2 else max(pause, min(self._beat_seconds, shortest / 8))):
                 return
 
     def _has_verdict(self) -> bool:

@@ -2,13 +2,11 @@
 
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from ranks import run_ranks, run_to_death
-from runs import assert_same_run, ledger, rows, train
+from runs import assert_same_run, before_call, ledger, rows, train
 
 STEPS = 12
 SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", "evaluation.every=3", "model.dropout=0.1"]
@@ -98,18 +96,5 @@ def train_and_die(run_dir: Path, overrides: list[str], place: str, count: int) -
         "publish": (save, "publish"),
         "delete": (folder, "remove_folder"),
     }[place]
-    setattr(owner, name, dying(getattr(owner, name), count))
+    setattr(owner, name, before_call(getattr(owner, name), count, lambda: os.kill(os.getpid(), signal.SIGKILL)))
     train(run_dir, overrides)
-
-
-def dying(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    calls = 0
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*args, **kwargs)
-
-    return wrapper

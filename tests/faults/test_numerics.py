@@ -1,6 +1,5 @@
 """Numbers that go wrong on one rank: all ranks decide alike, and what is kept is what was right."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from runs import ledger, rows, train, weights
+from runs import assert_same_run, ledger, notes, rows, train, weights
 from safetensors import safe_open
 
 from hydra_scale.run_folder import RunFolder
@@ -36,8 +35,7 @@ def same(run: Path, one: int, other: int) -> bool:
 
 
 def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: int) -> str:
-    """The gradients of the last rank are NaN in steps first to last; returns the error, if one ends the run."""
-    from hydra_scale.errors import NumericsFault
+    """The gradients of the last rank are NaN from the first to the last of these passes; returns what ends the run."""
     from hydra_scale.parallel.zero import ZeroOptimizer
 
     accumulate, calls = ZeroOptimizer.accumulate, 0
@@ -49,6 +47,13 @@ def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: 
         return accumulate(self, batches, float("nan") if is_hit else scale)
 
     ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
+    return fault_of(run, overrides)
+
+
+def fault_of(run: Path, overrides: list[str]) -> str:
+    """`train`; returns the fault in the numbers that ends it, empty if none does."""
+    from hydra_scale.errors import NumericsFault
+
     try:
         train(run, overrides)
     except NumericsFault as error:
@@ -61,10 +66,10 @@ def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: 
 )
 def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, layout: str) -> None:
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *layout.split(), "numerics.non_finite=skip"]
-    assert run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD) == ["", ""]
+    assert run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD + 1) == ["", ""]
     assert same(run, BAD - 1, BAD) and not same(run, BAD, BAD + 1)
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    (skipped,) = [line for line in lines if "skipped" in line]
+    (skipped,) = notes(run, "skipped")
+    assert "persistent" in skipped["skipped"]
     assert (skipped["step"], skipped["sequences"]) == (BAD, [24, 31])
     assert rows(run, "lr") and len(rows(run, "loss")) == 7
     assert [row["step"] for row in ledger(run)] == list(range(1, 9))
@@ -72,14 +77,14 @@ def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, layout: str) -> Non
 
 def test_too_many_bad_steps_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "numerics.non_finite=skip"]
-    errors = run_ranks(2, train_with_bad_gradients, run, [*settings, "numerics.max_skips=2"], BAD, 8)
+    errors = run_ranks(2, train_with_bad_gradients, run, [*settings, "numerics.max_skips=2"], BAD, 9)
     assert all(error.startswith("step 6: ") and "3 steps in a row" in error for error in errors)
     assert same(run, BAD - 1, BAD + 1)
 
 
 def test_a_bad_step_ends_the_run_and_the_save_before_it_is_finished(corpus: Path, tmp_path: Path) -> None:
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
-    errors = run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD)
+    errors = run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD + 1)
     assert all(error.startswith(f"step {BAD}: loss ") and "sequences 24 to 31" in error for error in errors)
     assert RunFolder(run).checkpoints.steps() == list(range(1, BAD))
     run_ranks(2, train, run, settings)
@@ -87,9 +92,25 @@ def test_a_bad_step_ends_the_run_and_the_save_before_it_is_finished(corpus: Path
     assert rows(run, "loss") == rows(tmp_path / "undisturbed", "loss")
 
 
+@pytest.mark.parametrize("transient", ["continue", "stop"])
+def test_a_step_that_is_right_the_second_time(corpus: Path, tmp_path: Path, transient: str) -> None:
+    """Said to be transient; the run goes on as if nothing had been, in this start or the next."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "model.dropout=0.1"]
+    errors = run_ranks(2, train_with_bad_gradients, run, [*settings, f"numerics.transient={transient}"], BAD, BAD)
+    if transient == "stop":
+        assert all("transient, a machine is suspected" in error for error in errors)
+        assert RunFolder(run).checkpoints.steps()[-1] == BAD - 1
+        run_ranks(2, train, run, settings)
+    else:
+        assert errors == ["", ""]
+        (note,) = notes(run, "transient")
+        assert note["step"] == BAD and "transient, a machine is suspected" in note["transient"]
+    run_ranks(2, train, tmp_path / "undisturbed", settings)
+    assert_same_run(run, tmp_path / "undisturbed")
+
+
 def train_with_a_spike(run: Path, overrides: list[str], call: int) -> str:
-    """The loss of the given step from here on is ten times what it is, its gradients are not."""
-    from hydra_scale.errors import NumericsFault
+    """The loss is ten times what it is in the given pass from here on and the next, its gradients are not."""
     from hydra_scale.parallel.zero import ZeroOptimizer
 
     accumulate, calls = ZeroOptimizer.accumulate, 0
@@ -98,16 +119,12 @@ def train_with_a_spike(run: Path, overrides: list[str], call: int) -> str:
         nonlocal calls
         calls += 1
         sums = accumulate(self, batches, scale)
-        if calls == call:
+        if calls in (call, call + 1):
             sums[0] *= 10
         return sums
 
     ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
-    try:
-        train(run, overrides)
-    except NumericsFault as error:
-        return str(error)
-    return ""
+    return fault_of(run, overrides)
 
 
 SPIKES = ["training.steps=12", "checkpoint.keep=13", "numerics.spike_window=8"]
@@ -128,8 +145,7 @@ def test_a_spike_is_skipped_also_by_a_run_that_goes_on_from_a_checkpoint(
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *SPIKES, layout, "numerics.spike=skip"]
     assert run_ranks(2, train_with_a_spike, run, settings, 10) == ["", ""]
     assert same(run, 9, 10) and not same(run, 10, 11)
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    (skipped,) = [line for line in lines if "skipped" in line]
+    (skipped,) = notes(run, "skipped")
     assert skipped["step"] == 10 and "a spike" in skipped["skipped"]
     expected = rows(run, "loss"), weights(run)
     (run / "done").unlink()
@@ -154,7 +170,6 @@ def test_no_spike_is_seen_before_the_window_is_full(corpus: Path, tmp_path: Path
 
 def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:
     """One bit of one weight of rank 1 is another before step 6."""
-    from hydra_scale.errors import NumericsFault
     from hydra_scale.training.guard import NumericsGuard
 
     check = NumericsGuard.check_replicas
@@ -166,20 +181,28 @@ def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:
         check(self, step)
 
     NumericsGuard.check_replicas = disturbed  # type: ignore[method-assign]
-    try:
-        train(run, overrides)
-    except NumericsFault as error:
-        return str(error)
-    return ""
+    return fault_of(run, overrides)
 
 
-@pytest.mark.parametrize(("num_ranks", "named"), [(2, "rank 0 or rank 1 has"), (3, "rank 1 has")])
-def test_a_rank_with_other_weights_is_named(corpus: Path, tmp_path: Path, num_ranks: int, named: str) -> None:
+@pytest.mark.parametrize(
+    ("num_ranks", "layout", "named"),
+    [
+        (2, "zero.stage=1", "rank 0 or rank 1 has"),
+        (3, "zero.stage=1", "rank 1 has"),
+        (4, "parallel.tensor=2", "rank 1 or rank 3 has"),
+    ],
+)
+def test_a_rank_with_other_weights_is_named(
+    corpus: Path, tmp_path: Path, num_ranks: int, layout: str, named: str
+) -> None:
+    """By all ranks, those of the other data groups too; the save of step 5, under way, is not published."""
     settings = [f"data.train={corpus}", *SETTINGS, "training.global_batch_size=12", "numerics.check_replicas_every=2"]
-    errors = run_ranks(num_ranks, train_with_a_flipped_bit, tmp_path / "run", settings)
+    errors = run_ranks(num_ranks, train_with_a_flipped_bit, tmp_path / "run", [*settings, layout])
     assert len(set(errors)) == 1
     assert errors[0].startswith(f"before step 6: {named} other weights")
     assert "in 1 tensors, the first encoder.layers.1.norm.weight" in errors[0]
+    assert "checkpoints up to step 3 are known to be good" in errors[0]
+    assert RunFolder(tmp_path / "run").checkpoints.steps()[-1] < 5
 
 
 @pytest.mark.parametrize("layout", ["zero.stage=2", "parallel.context=2", "parallel.tensor=2"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from ranks import run_ranks
-from runs import TINY, assert_same_run, rows, train
+from runs import TINY, assert_same_run, before_call, rows, train
 from waiting import wait_until
 
 from hydra_scale.config_file import load_config
@@ -165,20 +165,6 @@ def act_in_save(run_dir: Path, overrides: list[str], action: str) -> str:
         act = {"terminate": lambda: os.kill(os.getpid(), signal.SIGTERM), "claim": RunMarks(run_dir).claim}[action]
         save.save_file = before_call(save.save_file, 1, act)
     return pretrain.pretrain(load_config(TINY, overrides), run_dir).name
-
-
-def before_call(function: Callable[..., Any], count: int, action: Callable[[], Any]) -> Callable[..., Any]:
-    """`function`, which does `action` first when it is called for the `count`-th time."""
-    calls = 0
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == count:
-            action()
-        return function(*args, **kwargs)
-
-    return wrapper
 
 
 def catches(pid: int, number: int) -> bool:
