@@ -12,7 +12,7 @@ import typer
 
 from hydra_launch.commands import launch
 from hydra_scale.bench.commands import bench
-from hydra_scale.errors import HydraScaleError
+from hydra_scale.errors import HydraScaleError, report
 
 if TYPE_CHECKING:
     from hydra_scale.data.manifest import Manifest
@@ -312,8 +312,7 @@ def main() -> None:
     try:
         app()
     except HydraScaleError as error:
-        print(f"hydra-scale: error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(report(error))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ Every error a user can cause or meet is one of these classes; the command line p
 with `exit_code`, without a trace. Anything else that escapes is a defect of the program and keeps its trace.
 """
 
+import sys
+
 STOPPED_EARLY = 75
 """Exit code of a run that stopped before its last step and saved: start it again to continue (EX_TEMPFAIL)."""
 
@@ -15,6 +17,12 @@ class HydraScaleError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+def report(error: HydraScaleError) -> int:
+    """Print the line of a named failure on standard error; returns its exit code."""
+    print(f"hydra-scale: error: {error}", file=sys.stderr)
+    return error.exit_code
 
 
 class ConfigError(HydraScaleError):

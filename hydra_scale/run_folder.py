@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,9 +54,17 @@ class RunFolder:
 
         Raises:
             CheckpointError: it belongs to another run, is no run folder, or has a checkpoint under resume: never.
-            EnvironmentFault: it is not a folder.
+            EnvironmentFault: it is not a folder, or cannot be one.
         """
-        if self.path.exists() and not self.path.is_dir():
+        try:
+            mode = self.path.stat().st_mode
+        except FileNotFoundError:
+            return
+        except OSError as error:  # too long a name, a file in place of a parent, no permission
+            raise EnvironmentFault(
+                f"{self.path}: cannot be a run folder: {error.strerror}; choose another --run-dir"
+            ) from None
+        if not stat.S_ISDIR(mode):
             raise EnvironmentFault(f"{self.path}: found a file, expected a folder; choose another --run-dir")
         if not self.config_file.exists():
             if others := sorted(entry.name for entry in self.path.glob("[!.]*")):

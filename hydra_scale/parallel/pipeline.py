@@ -45,7 +45,9 @@ class Pipeline:
         """`model`: this stage's part of a `MaskedLanguageModel`."""
         self._model, self._topology = model, topology
         options = _schedule_config(config)
-        self._chunks = [_Chunk(model.run_chunk, chunk, options) for chunk in range(topology.stage.interleave)]
+        indices = range(topology.stage.interleave)
+        self.chunks: list[nn.Module] = [_Chunk(model.run_chunk, index, options) for index in indices]
+        """What the schedules call, one after the other, without waiting for another stage inside."""
 
     def train(self, batches: list[Any], scale: float) -> list[Score]:
         """Forward and backward of all micro batches, gradients of their loss times `scale` added up."""
@@ -63,7 +65,7 @@ class Pipeline:
 
     def _run(self, batches: list[Any], scale: float, *, forward_only: bool) -> list[Score]:
         (num_tokens,) = {int(batch.cu_seqlens[-1]) for batch in batches}
-        several = len(self._chunks) > 1
+        several = len(self.chunks) > 1
         schedule = (
             forward_backward_pipelining_with_interleaving
             if several
@@ -72,8 +74,8 @@ class Pipeline:
         with self._topology.accelerator.schedules():
             scores: list[Score] = schedule(
                 forward_step_func=partial(_forward, scale),
-                data_iterator=[iter(batches) for _ in self._chunks],
-                model=self._chunks,
+                data_iterator=[iter(batches) for _ in self.chunks],
+                model=self.chunks,
                 num_microbatches=len(batches),
                 seq_length=num_tokens,
                 micro_batch_size=1,

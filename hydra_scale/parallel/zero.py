@@ -81,6 +81,11 @@ class ZeroOptimizer:
         """The model as called through the engine: under autocast for bf16, split parameters gathered under ZeRO 3."""
         return self._engine
 
+    @property
+    def computing(self) -> list[nn.Module]:
+        """The modules that a step calls for its forward passes: the model, or the chunks of a pipeline's stage."""
+        return [self._engine.module] if self._pipeline is None else self._pipeline.chunks
+
     def accumulate(self, batches: list[Any], scale: float) -> torch.Tensor:
         """Forward and backward of the micro batches of a step; gradients of their loss times `scale` are averaged over
         the data ranks. Returns summed loss and right predictions, float64 (2,), zero before a pipeline's last stage."""

@@ -102,7 +102,7 @@ def _loop(
     optimizer: ZeroOptimizer,
 ) -> StopReason | None:
     """Train to the end or a reason to stop; None if the run is to go back to an earlier checkpoint."""
-    times = ComputeTimes(model, topology, config.watchdog, config.monitor.console_every)
+    times = ComputeTimes(optimizer.computing, topology, config.watchdog, config.monitor.console_every)
     names = names_of_all_stages(model, topology)
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
     first_step, tokens, numerics, skipped = checkpointing.restore(names)

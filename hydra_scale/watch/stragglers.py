@@ -1,7 +1,7 @@
 """Which ranks are slow: each one's own computing, without its waiting for others, compared with the median's."""
 
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import median, median_low
 from typing import NamedTuple
 
@@ -55,11 +55,11 @@ class ComputeTimes:
 
     Where the model itself communicates (tensor and context parallelism, ZeRO 3) the ranks of such a group show the
     same time: the group is then told apart from other groups, not the rank within it. The stages of a pipeline hold
-    different layers, so a rank is compared with those of its own stage.
+    different layers, so a rank is compared with those of its own stage; what it receives and sends is not timed.
     """
 
-    def __init__(self, model: nn.Module, topology: Topology, config: WatchdogConfig, every: int) -> None:
-        """Compares the ranks each `every` steps. Collective."""
+    def __init__(self, computing: Iterable[nn.Module], topology: Topology, config: WatchdogConfig, every: int) -> None:
+        """Compares the ranks each `every` steps by what their `computing` modules take. Collective."""
         self._watch, self._device, self._every = topology.accelerator.stopwatch(), topology.accelerator.device, every
         mine = [(socket.gethostname(), topology.stage.rank)] * topology.world_size
         dist.all_gather_object(mine, mine[topology.rank])
@@ -70,8 +70,9 @@ class ComputeTimes:
         self._judges = [Stragglers(config.slow_rank, config.slow_for) for _ in stages]
         if topology.world_size == 1:
             return
-        model.register_forward_pre_hook(lambda module, _: self._watch.start() if module.training else None)
-        model.register_forward_hook(lambda module, *_: self._watch.stop() if module.training else None)
+        for module in computing:  # passes without gradients are those of an evaluation
+            module.register_forward_pre_hook(lambda *_: self._watch.start() if torch.is_grad_enabled() else None)
+            module.register_forward_hook(lambda *_: self._watch.stop() if torch.is_grad_enabled() else None)
 
     def after(self, step: int) -> list[SlowRank]:
         """Newly slow ranks, the same on all ranks. Each `every` steps one gather of a number a rank."""

@@ -22,6 +22,7 @@ from typing import NamedTuple, TextIO
 from hydra_scale.config import WatchdogConfig
 from hydra_scale.errors import DistributedFault
 from hydra_scale.watch.board import Board, Record, born
+from hydra_scale.watch.flight import write_flight_record
 from hydra_scale.watch.verdict import held_up_by, lost
 
 _VERDICT = "verdict.txt"
@@ -186,15 +187,18 @@ class Watchdog:
         return self._board is not None and (self._board.folder / _VERDICT).exists()
 
     def _end(self, place: _Place, before: dict[int, Record]) -> None:
-        """Write the stacks; the first to come here judges; then end, whatever the main thread is doing."""
+        """Write stacks and flight record; the first to come here judges; then end, whatever the main thread does."""
         with suppress(OSError, ValueError):
             faulthandler.dump_traceback(file=self._stacks, all_threads=True)
         limit = f"phase {place.phase} of step {place.step} has lasted longer than {self._limits[place.phase]:g} s"
         if self._board is None:
             self._say(f"rank {self._rank} (process {self._pid} on {self._host}): {limit}; its stacks stand above")
             os._exit(DistributedFault.exit_code)
+        recording = threading.Thread(target=write_flight_record, args=(self._board.folder, self._rank), daemon=True)
+        recording.start()  # beside this thread, which must come to its end
         with suppress(OSError):
             self._judge(self._board, limit, before)
+        recording.join(_OTHERS_SECONDS)
         os._exit(DistributedFault.exit_code)
 
     def _judge(self, board: Board, limit: str, before: dict[int, Record]) -> None:
@@ -204,7 +208,8 @@ class Watchdog:
             return
         now = board.read()
         culprits, line = held_up_by(before, now, self._world_size)
-        text = f"{limit}: {line}; stacks of all threads: {board.folder}; start again from the last checkpoint"
+        where = f"stacks of all threads and the last collectives: {board.folder}"
+        text = f"{limit}: {line}; {where}; start again from the last checkpoint"
         with verdict:
             verdict.write(text + "\n")
         self._say(text)

@@ -1,16 +1,14 @@
 """`hydra-scale launch slurm | local | status | stop`."""
 
-import getpass
 import os
 import shlex
-import socket
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hydra_scale.errors import ConfigError
+from hydra_scale.errors import ConfigError, EnvironmentFault
 
 launch = typer.Typer(
     name="launch",
@@ -22,6 +20,8 @@ launch = typer.Typer(
 ConfigFile = Annotated[Path, typer.Option(help="YAML configuration; configs/ has some to start from.")]
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run folder; on a cluster, one that all nodes see.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")]
+
+MaxRestarts = Annotated[int, typer.Option(min=0, help="Restarts without a new checkpoint before the run is given up.")]
 
 
 @launch.command()
@@ -40,15 +40,15 @@ def slurm(
     array: Annotated[
         Path | None, typer.Option(help="Sweep: a file with the settings of one run a line; a job array.")
     ] = None,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="Restarts without a new checkpoint before the job gives up.")
-    ] = 3,
+    max_restarts: MaxRestarts = 3,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, show the job script, change nothing.")] = False,
 ) -> None:
     """Check a run and its layout, write the job script, settings and code into the run folder, and submit."""
+    from hydra_launch.preview import describe_layout, describe_places
     from hydra_launch.script import SHAPES, JobPlan
     from hydra_launch.site import load_site
     from hydra_launch.submission import prepare, read_sweep, send, write
+    from hydra_scale.config_file import dump_config
 
     if shape not in SHAPES:
         raise ConfigError(f"--shape is {shape!r}, expected {' or '.join(SHAPES)}")
@@ -67,16 +67,20 @@ def slurm(
         max_restarts=max_restarts,
     )
     submission = prepare(plan, load_site(site), config, overrides or [], sweep)
+    (run, settings), *others = submission.runs.items()
     if dry_run:
-        typer.echo(submission.script, nl=False)
-        typer.echo(f"# dry run: {plan.world_size} trainers, {segments} job(s); nothing was written or submitted")
-        return
-    jobs = send(plan, write(submission))
-    typer.echo(f"jobs         {' '.join(jobs)}")
-    name = "job-%A_%a.log" if plan.array_size else f"job-{jobs[0]}.log"
-    typer.echo(f"log          {plan.run_dir / 'launch' / name.replace('%A', jobs[0]).replace('%a', '*')}")
-    typer.echo(f"TensorBoard  tensorboard --port 6006 --logdir {shlex.quote(str(plan.run_dir))}")
-    typer.echo(f"             ssh -N -L 6006:localhost:6006 {getpass.getuser()}@{socket.gethostname()}")
+        typer.echo(f"{submission.script}\n# {run}/config.yaml\n{dump_config(settings)}")
+        for other, own in zip(others, sweep[1:], strict=True):
+            typer.echo(f"# {other[0]}/config.yaml: {shlex.join(own)}")
+    jobs = [] if dry_run else send(plan, write(submission))
+    for line in describe_layout(settings, plan):
+        typer.echo(line)
+    if jobs:
+        typer.echo(f"jobs         {' '.join(jobs)}")
+    for line in describe_places(plan, jobs):
+        typer.echo(line)
+    if dry_run:
+        typer.echo(f"dry run: {plan.world_size} trainers, {segments} job(s); nothing was written or submitted")
 
 
 @launch.command()
@@ -85,19 +89,27 @@ def local(
     run_dir: RunDir,
     processes: Annotated[int, typer.Option(min=1, help="Trainers; on a machine with GPUs, at most one a GPU.")],
     overrides: Overrides = None,
+    max_restarts: MaxRestarts = 3,
 ) -> None:
-    """Train with several processes of this machine. Stops gently on SIGTERM; exit codes are those of `pretrain`."""
+    """Train with several processes of this machine, again after a failure that a restart may cure. Stops gently on
+    SIGTERM; exit codes are those of `pretrain`."""
     from hydra_launch.environment import defaults
+    from hydra_launch.submission import open_run
     from hydra_scale.config_file import load_config
-    from hydra_scale.run_marks import RunMarks
+    from hydra_scale.run_folder import RunFolder
     from hydra_scale.topology import check_layout
 
-    check_layout(load_config(config, overrides or []), processes)
-    RunMarks(run_dir).withdraw_stop()
+    settings = load_config(config, overrides or [])
+    check_layout(settings, processes)
+    RunFolder(run_dir).check(settings)
+    try:
+        open_run(run_dir, settings)
+    except OSError as error:
+        raise EnvironmentFault(f"{run_dir}: cannot be written: {error}; choose another --run-dir") from None
     chosen = defaults(os.environ, processes)
     typer.echo(f"[launch] set: {' '.join(f'{name}={value}' for name, value in chosen.items())}", err=True)
-    arguments = ["pretrain", "--config", str(config), "--run-dir", str(run_dir), *(overrides or [])]
-    command = [sys.executable, "-m", "hydra_launch.agent", "--processes", str(processes), "--", *arguments]
+    options = ["--processes", str(processes), "--run-dir", str(run_dir), "--max-restarts", str(max_restarts)]
+    command = [sys.executable, "-m", "hydra_launch.agent", *options, "--", "--config", str(run_dir / "config.yaml")]
     sys.stderr.flush()
     os.execve(sys.executable, command, os.environ | chosen)  # in place of this process: signals meet the agent itself
 

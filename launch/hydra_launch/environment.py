@@ -1,13 +1,14 @@
 """The variables that processes are started with, resolved from those of Slurm in this one place."""
 
 import os
+import socket
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hydra_scale.errors import DistributedFault
+from hydra_scale.errors import DistributedFault, EnvironmentFault
 
 MASTER_ADDRESS = "HYDRA_SCALE_MASTER_ADDR"
 """Environment variable with the address of the first node; the job script sets it."""
@@ -77,11 +78,55 @@ def first_host(environment: Mapping[str, str]) -> str:
         ) from None
 
 
-def defaults(environment: Mapping[str, str], processes: int, run_dir: Path | None = None) -> dict[str, str]:
-    """Variables that libraries read, for those not already set, of a host that runs `processes` trainers."""
+def check_network(environment: Mapping[str, str], task: SlurmTask) -> None:
+    """What would otherwise hang, or fail without a name, when the processes look for each other.
+
+    Raises:
+        EnvironmentFault: the first node's address means nothing here, its port is taken, or an interface is absent.
+    """
+    here, address, port = socket.gethostname(), task.master_address, task.master_port
+    try:
+        socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        raise EnvironmentFault(
+            f"{address}: {here} finds no address of the first node by this name: {error}; set master_address of the"
+            f" site file, or {MASTER_ADDRESS}"
+        ) from None
+    interfaces = {name for _, name in socket.if_nameindex()}
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        wanted = environment.get(variable, "")
+        if wanted and not wanted.startswith("^") and not _is_among(interfaces, wanted, variable):
+            raise EnvironmentFault(
+                f"{variable} is {wanted!r}: {here} has {', '.join(sorted(interfaces))}; set network_interface of the"
+                " site file"
+            )
+    if task.rank == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", port))
+            except OSError as error:
+                raise EnvironmentFault(
+                    f"port {port} of {here}: {error.strerror}; it follows from job id and restart, so that the next"
+                    " start has another"
+                ) from None
+
+
+def _is_among(interfaces: set[str], wanted: str, variable: str) -> bool:
+    """gloo takes names; NCCL beginnings of names, or names behind a `=`."""
+    whole = variable.startswith("GLOO") or wanted.startswith("=")
+    names = wanted.removeprefix("=").split(",")
+    return any(have == name if whole else have.startswith(name) for have in interfaces for name in names)
+
+
+def defaults(environment: Mapping[str, str], sharing: int, run_dir: Path | None = None) -> dict[str, str]:
+    """Variables that libraries read, for those not already set, where `sharing` trainers share the CPUs that this
+    process was given: by Slurm, whether or not it binds to them, or by the system."""
     cpus = len(os.sched_getaffinity(0))
+    if environment.get("SLURM_CPUS_PER_TASK", "").isdigit():
+        cpus = min(cpus, int(environment["SLURM_CPUS_PER_TASK"]))
     wanted = {
-        "OMP_NUM_THREADS": str(max(1, cpus // processes)),
+        "OMP_NUM_THREADS": str(max(1, cpus // sharing)),
         "TRITON_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"hydra-scale-triton-{os.getuid()}"),  # never on NFS
         "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a collective that fails or times out ends the process
         "TORCH_FR_BUFFER_SIZE": "2000",  # the flight recorder: the last collectives, written down at a timeout

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from hydra_launch.agent import run_agent
-from hydra_launch.environment import SlurmTask, defaults
-from hydra_scale.errors import STOPPED_EARLY, HydraScaleError
+from hydra_launch.environment import SlurmTask, check_network, defaults
+from hydra_scale.errors import STOPPED_EARLY, DistributedFault, HydraScaleError, report
 from hydra_scale.run_marks import STOP_FILE
 
 
@@ -32,14 +32,26 @@ def main() -> None:
     arguments = ["pretrain", *options.arguments]
     try:
         task = SlurmTask.read(os.environ)
+        _check_tasks(task, options.shape, options.processes)
+        check_network(os.environ, task)
         run = _agent if options.shape == "torchrun" else _trainer
         code = run(task, options.processes, arguments)
     except HydraScaleError as error:
-        print(f"hydra-scale: error: {error}", file=sys.stderr)
-        code = error.exit_code
+        code = report(error)
     if code not in (0, STOPPED_EARLY):
         _leave(code)
     sys.exit(0 if code == STOPPED_EARLY else code)
+
+
+def _check_tasks(task: SlurmTask, shape: str, processes: int) -> None:
+    """An edited template, or srun by hand, may start another number of tasks than the run was planned for."""
+    a_node = processes if shape == "task" else 1
+    if task.num_tasks != task.num_nodes * a_node:
+        raise DistributedFault(
+            f"SLURM_NTASKS is {task.num_tasks}: expected {task.num_nodes} nodes x {a_node} a node ="
+            f" {task.num_nodes * a_node} for the shape {shape} with {processes} trainers a node; start srun with"
+            f" --ntasks-per-node={a_node}"
+        )
 
 
 def _leave(code: int) -> None:
@@ -50,7 +62,7 @@ def _leave(code: int) -> None:
 
 
 def _agent(task: SlurmTask, processes: int, arguments: list[str]) -> int:
-    _choose({}, task, processes, arguments)
+    _choose({}, task, processes, arguments)  # its trainers share what it has
     rendezvous = [
         "--rdzv-backend=static",  # c10d would number the nodes as they come; this keeps rank 0 on the first
         f"--nnodes={task.num_nodes}",
@@ -58,11 +70,11 @@ def _agent(task: SlurmTask, processes: int, arguments: list[str]) -> int:
         f"--master-addr={task.master_address}",
         f"--master-port={task.master_port}",
     ]
-    return run_agent(rendezvous, processes, arguments)
+    return run_agent(rendezvous, processes, arguments).code
 
 
 def _trainer(task: SlurmTask, processes: int, arguments: list[str]) -> int:
-    _choose(task.ranks(), task, processes, arguments)
+    _choose(task.ranks(), task, 1, arguments)
     from hydra_scale.cli import main as hydra_scale
 
     sys.argv = ["hydra-scale", *arguments]
@@ -73,10 +85,10 @@ def _trainer(task: SlurmTask, processes: int, arguments: list[str]) -> int:
     return 0
 
 
-def _choose(ranks: dict[str, str], task: SlurmTask, processes: int, arguments: list[str]) -> None:
+def _choose(ranks: dict[str, str], task: SlurmTask, sharing: int, arguments: list[str]) -> None:
     """Set what was resolved, and say so on the first task of the job; nothing else of the environment is shown."""
     run_dir = Path(arguments[arguments.index("--run-dir") + 1]) if "--run-dir" in arguments else None
-    chosen = ranks | defaults(os.environ, processes, run_dir)
+    chosen = ranks | defaults(os.environ, sharing, run_dir)
     os.environ.update(chosen)
     if task.rank == 0:
         meeting = f"{task.num_nodes} nodes meet at {task.master_address}:{task.master_port}"

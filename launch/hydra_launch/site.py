@@ -1,5 +1,6 @@
 """What is particular about a cluster: one YAML file, in which every value has a checked form."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pydantic import Field, StringConstraints
 
 from hydra_scale.config import PositiveInt, Section
 from hydra_scale.config_file import load_section
+from hydra_scale.errors import ConfigError
 
 Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@/+=\-]*$")]
 """A name of Slurm or of a module: no blank, no quote, no shell character."""
@@ -26,6 +28,14 @@ class Container(Section):
     """Image file or address, as the runtime takes it."""
     mounts: tuple[Path_, ...] = ()
     """host:container pairs; the run folder is mounted in any case."""
+
+    def check(self, run_dir: Path) -> None:
+        """Raise ConfigError if the run folder has no form that a mount can be written in."""
+        if bad := re.search("[:,]", str(run_dir)):
+            raise ConfigError(
+                f"{str(run_dir)!r}: {bad[0]!r} divides the mounts of a container; choose another folder, or leave"
+                " container out of the site file"
+            )
 
     def srun_options(self, run_dir: Path) -> list[str]:
         """What srun is told."""
@@ -57,6 +67,8 @@ class Site(Section):
         "--gpus-per-node={n}"
     )
     """How the GPUs of a node are asked for; {n} is their number."""
+    gpu_memory: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(GB|GiB)$")] | None = None
+    """Of a GPU, such as 80GB: a run that is predicted to need more is not submitted; absent: that is not looked at."""
     cpus_per_process: PositiveInt = 8
     """CPUs of each trainer."""
     notice_seconds: Annotated[int, Field(ge=5, le=65535)] = 180
@@ -93,9 +105,14 @@ class Site(Section):
         return loads + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
     def command(self, run_dir: Path) -> tuple[str, str]:
-        """Options of srun and the command that is the job's Python, both as quoted shell words."""
+        """Options of srun and the command that is the job's Python, both as quoted shell words.
+
+        Raises:
+            ConfigError: the run folder cannot be mounted.
+        """
         if self.container is None:
             return "", shlex.quote(self.python or sys.executable)
+        self.container.check(run_dir)
         prefix = [*self.container.prefix(run_dir), self.python or "python3"]
         return shlex.join(self.container.srun_options(run_dir)), shlex.join(prefix)
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from hydra_launch.slurm import job_states
@@ -17,18 +18,20 @@ def runs_of(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: it is neither.
     """
-    if (folder / "config.yaml").is_file():
-        return [folder]
-    if runs := sorted(file.parent for file in folder.glob("[0-9][0-9][0-9][0-9]/config.yaml")):
-        return runs
+    with suppress(OSError):  # a name that is too long, or not ours to see
+        if (folder / "config.yaml").is_file():
+            return [folder]
+        if runs := sorted(file.parent for file in folder.glob("[0-9][0-9][0-9][0-9]/config.yaml")):
+            return runs
     raise CheckpointError(f"{folder}: no config.yaml: not a run folder; give one that `launch` or `pretrain` wrote")
 
 
 def describe(folder: Path) -> Iterator[str]:
     """Lines for people: the jobs, then each run."""
+    runs = runs_of(folder)
     if jobs := recorded_jobs(folder):
         yield f"jobs  {', '.join(_states(jobs))}"
-    for run in runs_of(folder):
+    for run in runs:
         yield f"{run}  {_describe_run(run)}"
         if note := _last_line(run / "launch" / "history.log"):
             yield f"  {note}"

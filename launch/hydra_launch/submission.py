@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_launch.freeze import freeze_code
+from hydra_launch.preview import check_memory
 from hydra_launch.script import TEMPLATES, JobPlan, render
 from hydra_launch.site import Site
 from hydra_launch.slurm import is_live, job_states, submit
@@ -42,6 +43,7 @@ def prepare(plan: JobPlan, site: Site, config: Path, overrides: list[str], sweep
     runs = {folder: load_config(config, [*overrides, *own]) for folder, own in zip(folders, sweep or [[]], strict=True)}
     for folder, settings in runs.items():
         check_layout(settings, plan.world_size)
+        check_memory(settings, plan, site)
         RunFolder(folder).check(settings)
     if all(_is_done(folder, settings) for folder, settings in runs.items()):
         raise CheckpointError(f"{plan.run_dir}: the run is done; raise training.steps to train on")
@@ -59,7 +61,7 @@ def write(submission: Submission) -> Path:
     _refuse_second_job(plan.run_dir)
     try:
         for folder, settings in submission.runs.items():
-            _open_run(folder, settings)
+            open_run(folder, settings)
         (plan.run_dir / "launch").mkdir(exist_ok=True)
         shutil.copyfile(TEMPLATES / "job.sh", plan.run_dir / "launch" / "job.sh")
     except OSError as error:
@@ -115,8 +117,12 @@ def _is_done(folder: Path, settings: Config) -> bool:
     return RunMarks(folder).steps_done() >= settings.training.steps
 
 
-def _open_run(folder: Path, settings: Config) -> None:
-    """Write the settings, and withdraw what would keep the run from going on."""
+def open_run(folder: Path, settings: Config) -> None:
+    """Write the settings, and withdraw what would keep the run from going on.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     run = RunFolder(folder)
     write_durably(run.config_file, dump_config(settings).encode())  # first: it marks the folder as a run's

@@ -1,5 +1,6 @@
 """`hydra-scale launch local`: signals to the agent stop its trainers gently, and none of them outlives it."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,7 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from runs import TINY, rows
+import pytest
+from ranks import run_ranks
+from runs import TINY, assert_same_run, rows, train
 from typer.testing import CliRunner
 from waiting import wait_until
 
@@ -22,7 +25,7 @@ def launched(run: Path, processes: int, *settings: str) -> Iterator["subprocess.
     command = [sys.executable, "-m", "hydra_scale.cli", "launch", "local", "--config", str(TINY), "--run-dir", str(run)]
     process = subprocess.Popen(
         [*command, f"--processes={processes}", *settings], stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True,
     )  # fmt: skip
     try:
         yield process
@@ -47,6 +50,28 @@ def test_a_signal_to_the_agent_saves_and_passes_the_exit_code_on(corpus: Path, t
     assert "stopped early: stop request; start again to continue" in errors
 
 
+@pytest.mark.faults
+def test_control_c_saves_and_a_second_one_ends_at_once(corpus: Path, tmp_path: Path) -> None:
+    """It goes to the agent and its trainers alike, as from a terminal."""
+    run = tmp_path / "run"
+    settings = [f"data.train={corpus}", "training.steps=100000", "checkpoint.every=100000"]
+    with launched(run, 1, *settings) as agent:
+        wait_for_steps(run)
+        os.killpg(agent.pid, signal.SIGINT)
+        _, errors = agent.communicate(timeout=60)
+    assert agent.returncode == 75 and "Ctrl-C again ends them at once" in errors
+    assert RunFolder(run).checkpoints.steps() == [len(rows(run, "loss"))]
+    with launched(run, 1, *settings) as agent:
+        wait_until(lambda: len(rows(run, "loss")) > RunFolder(run).checkpoints.steps()[-1], 90, "no further step")
+        (trainer,) = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+        os.kill(int(trainer), signal.SIGSTOP)  # it cannot hear of the first
+        os.killpg(agent.pid, signal.SIGINT)
+        wait_until(lambda: b"Ctrl-C again" in os.read(agent.stderr.fileno(), 65536), 20, "the first was not heard")
+        os.killpg(agent.pid, signal.SIGINT)
+        agent.wait(10)
+    assert agent.returncode == 137 and is_gone(trainer)
+
+
 def test_trainers_die_with_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with launched(run, 1, f"data.train={corpus}", "training.steps=100000") as agent:
@@ -60,7 +85,8 @@ def test_trainers_die_with_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
 def test_a_stopped_trainer_ends_the_job(corpus: Path, tmp_path: Path) -> None:
     """It cannot end itself, and is gone with the job; which ends with the code that says: distributed."""
     run = tmp_path / "run"
-    with launched(run, 2, f"data.train={corpus}", "training.steps=100000", "watchdog.step=3") as agent:
+    settings = [f"data.train={corpus}", "training.steps=100000", "watchdog.step=3", "--max-restarts=0"]
+    with launched(run, 2, *settings) as agent:
         wait_for_steps(run)
         trainers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
         os.kill(int(trainers[-1]), signal.SIGSTOP)
@@ -68,6 +94,22 @@ def test_a_stopped_trainer_ends_the_job(corpus: Path, tmp_path: Path) -> None:
     assert agent.returncode == 6, errors
     assert f"(process {trainers[-1]} on " in errors and "is silent, last heard of at step" in errors
     assert all(is_gone(pid) for pid in trainers)
+    (record,) = (run / "watch" / "epoch-0001").glob("flight-rank*.json")  # of the one that could still write
+    assert json.loads(record.read_text())["entries"][-1]["profiling_name"].startswith("gloo:")
+    assert "gave up: 0 restarts without a new checkpoint" in errors
+
+
+def test_a_killed_trainer_is_started_again(corpus: Path, tmp_path: Path) -> None:
+    """From its last checkpoint to the same end, under the same agent, without a word from anyone."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", "training.steps=16", "checkpoint.every=4"]
+    run_ranks(1, train, tmp_path / "undisturbed", settings)
+    with launched(run, 1, *settings) as agent:
+        wait_until(lambda: bool(RunFolder(run).checkpoints.steps()), 90, "no checkpoint")
+        os.kill(int(Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text()), signal.SIGKILL)
+        _, errors = agent.communicate(timeout=90)
+    assert agent.returncode == 0, errors
+    assert errors.count("started again") == 1 and "continuing from" in errors
+    assert_same_run(run, tmp_path / "undisturbed")
 
 
 def test_a_layout_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:

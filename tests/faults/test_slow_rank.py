@@ -23,6 +23,34 @@ def test_a_slow_rank_is_named_once(corpus: Path, tmp_path: Path) -> None:
     assert "rank 1 on " in (tmp_path / "run" / "train.log").read_text()
 
 
+def test_a_slow_rank_of_a_pipeline_is_named(corpus: Path, tmp_path: Path) -> None:
+    """Two stages of two data ranks: the ranks of the second stage sleep all alike, one of the first longer than its
+    peer, though less than they do; what stages wait for each other, and evaluations, count for nobody."""
+    layout = [f"data.train={corpus}", "parallel.pipeline=2", "training.steps=4", "schedule.warmup_steps=1"]
+    settings = [*layout, "monitor.console_every=2", "watchdog.slow_for=2", "evaluation.every=1"]
+    run_ranks(4, train_in_stages, tmp_path / "run", settings)
+    lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [(line["step"], line["slow_rank"]) for line in lines if "slow_rank" in line] == [(4, 1)]
+
+
+def train_in_stages(run_dir: Path, overrides: list[str]) -> None:
+    """Each rank sleeps for its own time in a chunk of its stage, and not at all in evaluations."""
+    import torch
+
+    from hydra_scale.config_file import load_config
+    from hydra_scale.parallel.pipeline import _Chunk
+    from hydra_scale.training import pretrain
+
+    forward, seconds = _Chunk.forward, (0.1, 0.3, 0.5, 0.5)[int(os.environ["RANK"])]
+
+    def slow(self: _Chunk, batch: Any) -> Any:
+        time.sleep(seconds if torch.is_grad_enabled() else 0.0)
+        return forward(self, batch)
+
+    _Chunk.forward = slow  # type: ignore[method-assign]
+    pretrain.pretrain(load_config(TINY, overrides), run_dir)
+
+
 def train_slowly(run_dir: Path, overrides: list[str]) -> None:
     """Rank 1 sleeps in each forward pass."""
     from hydra_scale.config_file import load_config

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,9 @@ pytestmark = pytest.mark.slurm
 STEPS = 60
 SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=20", "evaluation.every=20"]
 
+ENDLESS = ["training.steps=200000", "checkpoint.every=200000", "evaluation.every=200000"]
+"""For runs that a test stops; given after SETTINGS."""
+
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -35,7 +39,7 @@ def submit(run: Path, corpus: Path, site: Path, *options: str, nodes: int = 2) -
     """Job ids of `hydra-scale launch slurm` with one process a node."""
     arguments = ["--config", str(TINY), "--run-dir", str(run), "--nodes", str(nodes), "--gpus-per-node", "0"]
     settings = [f"data.train={corpus}", *SETTINGS]
-    result = CliRunner().invoke(launch, ["slurm", *arguments, "--site", str(site), "--time=10", *options, *settings])
+    result = CliRunner().invoke(launch, ["slurm", *arguments, "--site", str(site), "--time=10", *settings, *options])
     assert result.exit_code == 0, (result.output, result.exception)
     return next(line.split()[1:] for line in result.output.splitlines() if line.startswith("jobs"))
 
@@ -108,6 +112,77 @@ def test_cancelled_stopped_and_hopeless_jobs_stay_away(
     cluster.wait_for(third, "FAILED")
     assert "failed with code 3, which a restart does not cure: the error stands above" in notes(hopeless)
     assert "nowhere/manifest.json: no such file" in log(hopeless)
+
+
+def test_a_killed_trainer_and_a_second_job_in_one_folder(
+    cluster: Cluster, site: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """The first run comes back from its last checkpoint. In the folder of the second, which would never end, a person
+    submits its script again, past `launch`: the newer job takes it."""
+    killed, shared = tmp_path / "killed", tmp_path / "shared"
+    (job,) = submit(killed, corpus, site)
+    (older,) = submit(shared, corpus, site, *ENDLESS, nodes=1)
+    at_step(25, {killed: lambda: os.kill(read_board(killed / "watch" / "epoch-0001")[1].pid, signal.SIGKILL)})
+    newer: list[str] = []
+    by_hand = ("sbatch", "--parsable", str(shared / "launch" / "job.sbatch"))
+    at_step(3, {shared: lambda: newer.append(cluster.call(*by_hand).strip())})
+    cluster.wait_for(older, "FAILED")
+    assert "failed with code 73, which a restart does not cure: the error stands above" in notes(shared)
+    assert f"taken over by job {newer[0]}, process " in (shared / "launch" / f"job-{older}.log").read_text()
+    at_step(len(rows(shared, "loss")) + 3, {shared: RunFolder(shared).marks.request_stop})
+    cluster.wait_for(newer[0], "FAILED")
+    assert rows(shared, "step") == list(range(1, stops(shared)[-1] + 1))
+    assert RunFolder(shared).checkpoints.steps()[-1] == stops(shared)[-1]
+    cluster.wait_for(job, "COMPLETED")
+    assert "rank 1 (process" in log(killed) and notes(killed).count("requeued") == 1
+    assert f"continuing from {RunFolder(killed).checkpoints.at(20)}" in (killed / "train.log").read_text()
+    assert_same_run(killed, undisturbed)
+
+
+@pytest.mark.faults
+def test_the_time_limit_itself(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+    """Of two minutes, Slurm's shortest that leaves time for a notice: saved, requeued once, and on from that step."""
+    run, patient = tmp_path / "run", tmp_path / "patient.yaml"
+    patient.write_text(site.read_text().replace("notice_seconds: 5", "notice_seconds: 60"))
+    (job,) = submit(run, corpus, patient, "--time=2", *ENDLESS, nodes=1)
+    history = run / "launch" / "history.log"
+    wait_until(lambda: history.exists() and "requeued" in notes(run), 150, "no notice of the time limit")
+    assert notes(run)[1] == "SIGUSR1: the trainers are asked to save and stop"
+    (step,) = RunFolder(run).checkpoints.steps()
+    at_step(step + 3, {run: RunFolder(run).marks.request_stop})
+    cluster.wait_for(job, "FAILED")
+    assert stops(run)[0] == step and len(stops(run)) == 2 and notes(run).count("requeued") == 1
+    assert f"continuing from {RunFolder(run).checkpoints.at(step)}" in (run / "train.log").read_text()
+    assert rows(run, "step") == list(range(1, stops(run)[1] + 1))
+
+
+@pytest.mark.faults
+def test_no_notice_is_lost(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+    """Twelve jobs are told 0, 2, 4, ... seconds after their start, before and behind their first step: each stops,
+    saves what it has done, and comes back."""
+    runs = [tmp_path / str(number) for number in range(12)]
+    waiting = {run: submit(run, corpus, site, *ENDLESS, nodes=1)[0] for run in runs}
+    due: dict[Path, float] = {}
+    told: set[Path] = set()
+
+    def attend() -> bool:
+        for run, job in list(waiting.items()):
+            if not (run / "launch" / "history.log").exists():
+                continue
+            now = time.monotonic()
+            if "requeued" in notes(run):
+                RunFolder(run).marks.request_stop()  # makes room for those that have not yet begun
+                waiting.pop(run)
+            elif now >= due.setdefault(run, now + 2 * int(run.name)) and run not in told:
+                cluster.call("scancel", "--signal=USR1", "--batch", job)
+                told.add(run)
+        return not waiting
+
+    wait_until(attend, 240, "a notice was lost")
+    for run in runs:
+        assert notes(run).count("SIGUSR1: the trainers are asked to save and stop") == 1, notes(run)
+        stopped = stops(run) if (run / "metrics.jsonl").exists() else []
+        assert [step for step in stopped if step > 0] == RunFolder(run).checkpoints.steps(), log(run)
 
 
 def test_a_lost_node_and_the_writer_on_it(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:

@@ -4,25 +4,29 @@
 # Codes of the trainers: 0 with RUN/done, the run is finished; 0 without, it stopped early and has saved; 2 3 4 7 73,
 # a named failure that the same start would meet again; anything else, a crash.
 
+# Before anything that takes time: until there is a trap, USR1 would end this shell, and the job with it.
 attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export HYDRA_SCALE_STOP_FILE=$run/launch/$attempt.stop
-export HYDRA_SCALE_MASTER_ADDR=${HYDRA_SCALE_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export PYTHONPATH=$base/launch/code
 heard='' code=0 stop_at=()
-if [ -n "${SLURM_JOB_END_TIME:-}" ]; then stop_at=(--stop-at $((SLURM_JOB_END_TIME - notice_seconds))); fi
 
 note() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$attempt" "$*" | tee -a "$run/launch/history.log"; }
 
 hear() {
   heard=$1
+  mkdir -p "$run/launch"
   : >"$HYDRA_SCALE_STOP_FILE"
   note "SIG$1: the trainers are asked to save and stop"
 }
 
+trap 'hear USR1' USR1
+trap 'hear TERM' TERM
+
+export HYDRA_SCALE_MASTER_ADDR=${HYDRA_SCALE_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export PYTHONPATH=$base/launch/code
+if [ -n "${SLURM_JOB_END_TIME:-}" ]; then stop_at=(--stop-at $((SLURM_JOB_END_TIME - notice_seconds))); fi
+
 begin() {
   mkdir -p "$run/launch"
-  trap 'hear USR1' USR1
-  trap 'hear TERM' TERM
   if [ -e "$run/done" ]; then note 'the run is done already'; exit 0; fi
   if [ -e "$run/stop-request" ]; then note 'not started: a stop is requested'; exit 75; fi
   note "starts on $SLURM_JOB_NODELIST"

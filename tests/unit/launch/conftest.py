@@ -11,7 +11,9 @@ from jobs import plan
 from hydra_launch.script import TEMPLATES, render
 from hydra_launch.site import Site
 
-SCONTROL = '#!/bin/bash\nif [ "$1" = show ]; then echo first.host; else echo "$*" >>"$RECORD/scontrol"; fi\n'
+SCONTROL = """#!/bin/bash
+if [ "$1" = show ]; then eval "$WHILE_ASKED"; echo first.host; else echo "$*" >>"$RECORD/scontrol"; fi
+"""
 SRUN = '#!/bin/bash\nprintf "%s\\n" "$@" >"$RECORD/srun"\nexport -p >"$RECORD/environment"\neval "$TRAINERS"\n'
 
 

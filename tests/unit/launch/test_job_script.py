@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from jobs import COMES_BACK
 from waiting import wait_until
 
 from hydra_launch.site import Site
@@ -32,15 +33,8 @@ def save(run: Path, step: int) -> None:
     [
         ("touch '{run}/done'", 0, False, "the run is done"),
         ("exit 0", 75, True, "stopped early at step 800"),
-        ("exit 2", 2, False, "a restart does not cure"),
-        ("exit 3", 3, False, "a restart does not cure"),
-        ("exit 4", 4, False, "a restart does not cure"),
-        ("exit 7", 7, False, "a restart does not cure"),
-        ("exit 73", 73, False, "a restart does not cure"),
         ("echo 73 >'{run}/launch/17.0.code'; exit 143", 73, False, "a restart does not cure"),
-        ("exit 1", 1, True, "ended with code 1; newest checkpoint: step 800"),
-        ("exit 6", 6, True, "ended with code 6"),
-        ("kill -9 $$", 137, True, "ended with code 137"),
+        ("kill -9 $$", 137, True, "ended with code 137; newest checkpoint: step 800"),
         ("touch '{run}/stop-request'; exit 0", 75, False, "not requeued: a stop is requested"),
     ],
 )
@@ -54,6 +48,13 @@ def test_what_follows_from_the_end_of_the_trainers(
     found, output = end(start(run, trainers.format(run=run)))
     assert (found, recorded(tmp_path, "scontrol")) == (code, ["requeue 17"] if requeued else [])
     assert said in output and said in (run / "launch" / "history.log").read_text()
+
+
+@pytest.mark.parametrize(("code", "requeued"), COMES_BACK.items())
+def test_which_codes_bring_a_job_back(start: Start, tmp_path: Path, code: int, requeued: bool) -> None:
+    found, output = end(start(tmp_path / "run", f"exit {code}"))
+    assert (found, recorded(tmp_path, "scontrol")) == (code, ["requeue 17"] if requeued else [])
+    assert f"code {code}" in output and ("a restart does not cure" in output) is not requeued
 
 
 @pytest.mark.parametrize(("mark", "code"), [("done", 0), ("stop-request", 75)])
@@ -89,6 +90,13 @@ def test_a_notice_becomes_the_stop_file(start: Start, tmp_path: Path, number: in
     code, output = end(process)
     assert code == 75 and (run / "launch" / "17.3.stop").exists(), output
     assert recorded(tmp_path, "scontrol") == (["requeue 17"] if requeued else [])
+
+
+def test_a_notice_before_the_script_has_begun(start: Start, tmp_path: Path) -> None:
+    """While it still asks Slurm for the names of its nodes: an untrapped USR1 would end it."""
+    notify = 'read -r _ _ _ script _ </proc/$PPID/stat; kill -USR1 "$script"'
+    code, output = end(start(tmp_path / "run", 'test -e "$HYDRA_SCALE_STOP_FILE" || exit 7', WHILE_ASKED=notify))
+    assert code == 75 and recorded(tmp_path, "scontrol") == ["requeue 17"], output
 
 
 def test_an_exit_code_survives_the_signals_that_end_the_wait(start: Start, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +15,13 @@ from runs import TINY
 from typer.testing import CliRunner
 
 from hydra_launch.commands import launch
-from hydra_launch.environment import SlurmTask, defaults, port_of
+from hydra_launch.environment import SlurmTask, check_network, defaults, port_of
 from hydra_launch.freeze import PACKAGES, freeze_code
 from hydra_launch.script import SHAPES, fill_in, render, seconds
 from hydra_launch.site import Container, Site, load_site
 from hydra_launch.submission import read_sweep
 from hydra_scale.config import Config, DataConfig
-from hydra_scale.config_file import dump_config
+from hydra_scale.config_file import dump_config, load_config
 from hydra_scale.errors import CheckpointError, ConfigError, DistributedFault, EnvironmentFault, HydraScaleError
 from hydra_scale.run_marks import RunMarks
 
@@ -63,6 +66,9 @@ def test_containers_hold_the_run_folder() -> None:
         "", "apptainer exec --nv --bind /r:/r --bind /d:/d '/i m.sqsh' python3"
     )  # fmt: skip
     assert Site().command(Path("/r")) == ("", sys.executable)
+    for name in ("/a:b", "/a,b"):
+        with pytest.raises(ConfigError, match="divides the mounts of a container"):
+            Site(container=pyxis).command(Path(name))
 
 
 @pytest.mark.parametrize(
@@ -80,6 +86,7 @@ def test_containers_hold_the_run_folder() -> None:
         ("partition: a\npartition: b", "site.yaml:2: partition is given twice"),
         ("container: {runtime: docker, image: x}", "container.runtime: found 'docker'"),
         ("gpu_directive: --gres=gpu", "gpu_directive: found"),
+        ("gpu_memory: big", "gpu_memory: found 'big'"),
         ("notice_seconds: 0", "notice_seconds: found 0"),
         ("- a", "found a list at the top"),
     ],
@@ -149,6 +156,42 @@ def test_defaults_leave_what_is_set_alone() -> None:
     assert chosen["TORCH_FR_DUMP_TEMP_FILE"] == "/r/launch/flight-9.0-rank"
 
 
+@pytest.mark.parametrize(("cpus", "sharing", "threads"), [("8", 4, "2"), ("8", 1, "8"), ("64", 1, "16"), ("", 4, "4")])
+def test_threads_are_those_that_slurm_gave(
+    cpus: str, sharing: int, threads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a node of 16: a task without an agent has its CPUs for itself, an agent's trainers share them."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    assert defaults({"SLURM_CPUS_PER_TASK": cpus}, sharing)["OMP_NUM_THREADS"] == threads
+
+
+@pytest.mark.parametrize(
+    ("address", "variables", "message"),
+    [
+        ("no.such.host.invalid", {}, "finds no address of the first node by this name"),
+        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "absent0"}, "GLOO_SOCKET_IFNAME is 'absent0'"),
+        ("127.0.0.1", {"GLOO_SOCKET_IFNAME": "l"}, "GLOO_SOCKET_IFNAME is 'l'"),
+        ("127.0.0.1", {"NCCL_SOCKET_IFNAME": "=l"}, "NCCL_SOCKET_IFNAME is '=l'"),
+        ("127.0.0.1", {"NCCL_SOCKET_IFNAME": "absent,away"}, "set network_interface of the site file"),
+        ("127.0.0.1", {"NCCL_SOCKET_IFNAME": "l", "GLOO_SOCKET_IFNAME": "lo"}, ""),
+        ("127.0.0.1", {"NCCL_SOCKET_IFNAME": "^docker0"}, ""),
+    ],
+)
+def test_networks_that_cannot_work(address: str, variables: dict[str, str], message: str) -> None:
+    task = SlurmTask.read(TASK | {"HYDRA_SCALE_MASTER_ADDR": address})
+    with pytest.raises(EnvironmentFault) if message else nullcontext() as caught:
+        check_network(variables, task)
+    assert message in str(getattr(caught, "value", ""))
+
+
+def test_a_port_that_is_taken() -> None:
+    with socket.create_server(("", 0)) as server:
+        first = replace(SlurmTask.read(TASK), rank=0, master_port=server.getsockname()[1])
+        with pytest.raises(EnvironmentFault, match=f"port {first.master_port} of .*: Address already in use"):
+            check_network({}, replace(first, master_address="127.0.0.1"))
+    check_network({}, replace(first, master_address="127.0.0.1"))
+
+
 def test_frozen_code_runs_without_the_checkout(tmp_path: Path) -> None:
     for _ in range(2):  # a second launch replaces the first copy
         freeze_code(tmp_path / "code")
@@ -174,6 +217,34 @@ def test_a_dry_run_shows_everything_and_changes_nothing(tmp_path: Path) -> None:
     output, failure = slurm(tmp_path / "run", "training.micro_batch_size=2", "--segments=2")
     assert failure is None and "4 trainers, 2 job(s); nothing was written or submitted" in output
     assert "#SBATCH --nodes=2" in output and list(tmp_path.iterdir()) == []
+    assert "4 trainers = data 4 x context 1 x pipeline 1 x tensor 1; ZeRO 1; 1 micro batches of 2" in output
+    assert f"tensorboard --port 6006 --logdir {tmp_path / 'run'}\n             ssh -N -L 6006:localhost:6006 " in output
+    resolved = output.partition("config.yaml\n")[2].partition("\n\n")[0]
+    (tmp_path / "shown.yaml").write_text(resolved)
+    assert load_config(tmp_path / "shown.yaml", []) == load_config(TINY, ["training.micro_batch_size=2"])
+
+
+def test_gpus_too_small_for_the_run_are_refused(tmp_path: Path) -> None:
+    """11.4 GB are predicted for configs/hydra-base.yaml on 32 GPUs."""
+    site = tmp_path / "site.yaml"
+    given = ["--config", str(TINY.with_name("hydra-base.yaml")), "--gpus-per-node=8", "--nodes=4", f"--site={site}"]
+    command = ["slurm", *given, "--run-dir", str(tmp_path / "run"), "--dry-run", "data.train=x"]
+    site.write_text("gpu_memory: 80GB")
+    assert "memory       11.4 GB of a GPU, predicted" in CliRunner().invoke(launch, command).output
+    site.write_text("gpu_memory: 12GB")
+    failure = CliRunner().invoke(launch, command).exception
+    assert isinstance(failure, ConfigError) and "predicted to need 11.4 GB, of gpu_memory 12GB" in str(failure)
+    assert "hydra-scale plan --gpus 32 --gpu-memory 12GB" in str(failure)
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "file/run"])
+def test_folders_that_cannot_be(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / name
+    assert "cannot be a run folder" in str(slurm(run, "training.micro_batch_size=2")[1])
+    local = ["local", "--config", str(TINY), "--run-dir", str(run), "--processes=1"]
+    for command in (local, ["status", "--run-dir", str(run)], ["stop", "--run-dir", str(run)]):
+        assert isinstance(CliRunner().invoke(launch, command).exception, HydraScaleError)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +331,14 @@ def test_the_first_failure_of_a_job_leaves_its_exit_code(tmp_path: Path) -> None
         result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
         assert result.returncode == 6 and "contradict each other" in result.stderr
         assert (tmp_path / "17.0.code").read_text() == after
+    wrong = variables | {"SLURM_PROCID": "0"}
+    for shape, expected in (
+        ("task", "expected 2 nodes x 3 a node = 6"),
+        ("torchrun", "expected 2 nodes x 1 a node = 2"),
+    ):
+        by_hand = [*command[:3], shape, "--processes", "3", *command[6:]]
+        result = subprocess.run(by_hand, env=wrong, capture_output=True, text=True, check=False)
+        assert result.returncode == 6 and f"SLURM_NTASKS is 8: expected {expected}" in result.stderr
     del variables["HYDRA_SCALE_STOP_FILE"]
     result = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and "HYDRA_SCALE_STOP_FILE is not set" in result.stderr
