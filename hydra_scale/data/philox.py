@@ -29,8 +29,8 @@ class Stream(IntEnum):
     MIXTURE = 4
     """Order of the sources in a round; indices are (place, round)."""
     SPANS = 5
-    """Where masked spans begin and how long they are; indices are (place // 4, sequence), places counted from the longest
-    span before the sequence."""
+    """Where masked spans begin and how long they are; indices are (place // 4, sequence), the first place being that of
+    the longest span before the sequence."""
 
 
 def philox_words(seed: int, stream: Stream, minor: np.ndarray, major: np.ndarray, num_words: int = 4) -> np.ndarray:
