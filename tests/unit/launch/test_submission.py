@@ -332,10 +332,7 @@ def test_the_first_failure_of_a_job_leaves_its_exit_code(tmp_path: Path) -> None
         assert result.returncode == 6 and "contradict each other" in result.stderr
         assert (tmp_path / "17.0.code").read_text() == after
     wrong = variables | {"SLURM_PROCID": "0"}
-    for shape, expected in (
-        ("task", "expected 2 nodes x 3 a node = 6"),
-        ("torchrun", "expected 2 nodes x 1 a node = 2"),
-    ):
+    for shape, expected in (("task", "2 nodes x 3 a node = 6"), ("torchrun", "2 nodes x 1 a node = 2")):
         by_hand = [*command[:3], shape, "--processes", "3", *command[6:]]
         result = subprocess.run(by_hand, env=wrong, capture_output=True, text=True, check=False)
         assert result.returncode == 6 and f"SLURM_NTASKS is 8: expected {expected}" in result.stderr
