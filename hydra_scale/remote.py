@@ -27,5 +27,6 @@ def file_system(address: str, refused: type[HydraScaleError]) -> tuple[Any, str]
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether another attempt may succeed: the network or the store failed, and did not say that nothing is there."""
-    return isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    """Whether another attempt may succeed: the store did not say that nothing is there. Stores raise errors of their
+    libraries' own classes (aiohttp, botocore, gcsfs), which are not OSErrors."""
+    return isinstance(error, Exception) and not isinstance(error, FileNotFoundError)

@@ -89,14 +89,15 @@ def _fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, 
 
 
 def _retried(what: str, call: Callable[[], Any]) -> Any:
-    passing = retry_if_exception(lambda error: isinstance(error, _Damaged) or may_pass(error))
-    attempts = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=_WAIT, retry=passing, reraise=True)
+    again = retry_if_exception(may_pass)
+    attempts = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=_WAIT, retry=again, reraise=True)
     try:
         return attempts(call)
     except FileNotFoundError:
         raise DataError(f"{what}: not there; give the URL of a folder written by `hydra-scale prepare`") from None
-    except (OSError, _Damaged) as error:
-        raise EnvironmentFault(f"{what}: cannot be fetched after {ATTEMPTS} attempts: {error}; try again") from None
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise EnvironmentFault(f"{what}: cannot be fetched after {ATTEMPTS} attempts: {reason}; try again") from error
 
 
 def _make_room(cache: Path, folder: Path, missing: list[tuple[str, FileEntry]], limit_gb: float, address: str) -> None:

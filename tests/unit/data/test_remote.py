@@ -17,12 +17,17 @@ from hydra_scale.data.remote import localised
 from hydra_scale.errors import DataError, EnvironmentFault
 
 
+class ServerError(Exception):
+    """As aiohttp raises for a status of 503: no OSError."""
+
+
 class Flaky(MemoryFileSystem):
     """Every call for a file fails a number of times before it works; or delivers damaged files."""
 
     protocol = "flaky"
     store: ClassVar[dict[str, Any]] = {}
     failures = 0
+    failure: ClassVar[type[Exception]] = ConnectionResetError
     damaged = 0
     calls: ClassVar[dict[str, int]] = {}
 
@@ -33,7 +38,7 @@ class Flaky(MemoryFileSystem):
     def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
         count = self.calls[rpath] = self.calls.get(rpath, 0) + 1
         if count <= self.failures:
-            raise ConnectionResetError("the other side hung up")
+            raise self.failure("the other side hung up")
         super().get_file(rpath, lpath, **options)
         if count <= self.damaged:
             Path(lpath).write_bytes(b"?" + Path(lpath).read_bytes()[1:])
@@ -79,12 +84,20 @@ def test_same_batches_as_from_the_local_folder(
     assert flaky.calls == calls  # nothing is fetched twice
 
 
+@pytest.mark.parametrize("failure", [ConnectionResetError, ServerError])
 @pytest.mark.parametrize(("failures", "damaged"), [(5, 0), (0, 5)])
 def test_gives_up_with_a_named_error(
-    failures: int, damaged: int, flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+    failures: int,
+    damaged: int,
+    failure: type[Exception],
+    monkeypatch: pytest.MonkeyPatch,
+    flaky: type[Flaky],
+    write_folder: WriteFolder,
+    tmp_path: Path,
 ) -> None:
     address = uploaded(write_folder(random_documents(50)))
     flaky.failures, flaky.damaged = failures, damaged
+    monkeypatch.setattr(flaky, "failure", failure)
     with pytest.raises(EnvironmentFault, match=r"flaky://bucket/train/.*: cannot be fetched after 5 attempts"):
         localised(address, config(address, tmp_path))
     flaky.failures = flaky.damaged = 0
