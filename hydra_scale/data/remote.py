@@ -5,6 +5,7 @@ fetched whole, several at a time, and nothing is asked of the network afterwards
 """
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 
 from hydra_scale.config import DataConfig
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, FileEntry, read_manifest, sha256_file
+from hydra_scale.data.tokenizer import TOKENIZER_FILE
 from hydra_scale.errors import DataError, EnvironmentFault
 from hydra_scale.remote import ATTEMPTS, file_system, may_pass
 
@@ -68,10 +70,23 @@ def _is_there(path: Path, entry: FileEntry) -> bool:
 
 
 def _fetch_tokenizer(files: Any, root: str, folder: Path, address: str) -> None:
+    """Its description lists its other files: a web server need not list a folder."""
     (folder / TOKENIZER_FOLDER).mkdir(exist_ok=True)
-    for name in _retried(address, partial(files.ls, f"{root}/{TOKENIZER_FOLDER}", detail=False)):
-        content = _retried(address, partial(files.cat_file, name))
-        (folder / TOKENIZER_FOLDER / Path(name).name).write_bytes(content)
+
+    def fetch(name: str) -> bytes:
+        place = f"{TOKENIZER_FOLDER}/{name}"
+        content: bytes = _retried(f"{address}/{place}", partial(files.cat_file, f"{root}/{place}"))
+        (folder / TOKENIZER_FOLDER / name).write_bytes(content)
+        return content
+
+    try:
+        others = json.loads(fetch(TOKENIZER_FILE))["sha256"]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{address}/{TOKENIZER_FOLDER}/{TOKENIZER_FILE}: not a tokenizer; upload it again") from None
+    for name in others:
+        if Path(name).name != name:
+            raise DataError(f"{address}/{TOKENIZER_FOLDER}/{TOKENIZER_FILE}: lists {name!r}, not a file name; refused")
+        fetch(name)
 
 
 def _fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, address: str) -> None:

@@ -1,7 +1,10 @@
 """Data behind a URL, on fsspec's file system in memory: the same batches, retries, and a cache that keeps its size."""
 
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any, ClassVar
 
 import fsspec
@@ -102,6 +105,39 @@ def test_gives_up_with_a_named_error(
         localised(address, config(address, tmp_path))
     flaky.failures = flaky.damaged = 0
     TrainingData(config(address, tmp_path), 3)
+
+
+class Unreliable(SimpleHTTPRequestHandler):
+    """A web server that lists no folder and is busy for every third request."""
+
+    num_requests = 0
+
+    def log_message(self, *message: Any) -> None:
+        pass
+
+    def list_directory(self, path: Any) -> None:
+        self.send_error(403)
+
+    def do_GET(self) -> None:
+        Unreliable.num_requests += 1
+        if Unreliable.num_requests % 3 == 1:
+            self.send_error(503)
+        else:
+            super().do_GET()
+
+
+def test_from_a_web_server(write_folder: WriteFolder, tmp_path: Path) -> None:
+    folder = write_folder(random_documents(150), random_documents(20, seed=1))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Unreliable, directory=str(folder)))
+    with server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        there = TrainingData(config(f"http://127.0.0.1:{server.server_port}", tmp_path), 3)
+        here = TrainingData(config(folder, tmp_path), 3)
+        assert there.micro_batches(0, 0, 1, 8, 8)[0].input_ids.equal(here.micro_batches(0, 0, 1, 8, 8)[0].input_ids)
+        assert Unreliable.num_requests > 6
+        with pytest.raises(DataError, match=r"http://127.*/elsewhere: not there; give the URL of a folder"):
+            localised(address := f"http://127.0.0.1:{server.server_port}/elsewhere", config(address, tmp_path))
+        server.shutdown()
 
 
 def test_a_changed_folder_is_fetched_anew(write_folder: WriteFolder, tmp_path: Path) -> None:
