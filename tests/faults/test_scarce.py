@@ -74,7 +74,7 @@ def test_a_real_disk(corpus: Path, tmp_path: Path, disk: str) -> None:
 
 def test_a_run_dir_below_a_file(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(AssertionError, match=r"EnvironmentFault: .*file/run: cannot be written: .*Not a directory"):
+    with pytest.raises(AssertionError, match=r"EnvironmentFault: .*file/run: cannot be a run folder: Not a directory"):
         run_ranks(1, train, tmp_path / "file" / "run", [f"data.train={corpus}"])
 
 
