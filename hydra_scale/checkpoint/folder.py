@@ -44,6 +44,8 @@ class CheckpointFolder:
             folder = self.at(step)
             try:
                 manifest = read_manifest(folder)
+                if manifest.step != step:
+                    raise CheckpointError(f"{folder}: its manifest is of step {manifest.step}; copy it again")
                 if not fits(manifest):
                     continue
                 manifest.check_whole(folder)

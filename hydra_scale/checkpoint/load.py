@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from hydra_scale.checkpoint.geometry import Rectangle, flat_range, placed
 from hydra_scale.checkpoint.manifest import CheckpointManifest, TensorEntry, read_manifest
@@ -95,8 +95,12 @@ class CheckpointReader:
             common = piece.rectangle.intersect(box)
             if common is None:
                 continue
-            file, index = self._file(piece.file), common.within(piece.rectangle)
-            part = file.get_slice(piece.key)[index] if index else file.get_tensor(piece.key)
+            index = common.within(piece.rectangle)
+            try:
+                file = self._file(piece.file)
+                part = file.get_slice(piece.key)[index] if index else file.get_tensor(piece.key)
+            except SafetensorError as error:
+                raise CheckpointError(f"{self.folder / piece.file}: {piece.key}: cannot be read ({error})") from None
             target[common.within(box)].copy_(part)
             read += common.num_elements
         if read != target.numel():

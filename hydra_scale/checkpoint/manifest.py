@@ -61,6 +61,8 @@ class CheckpointManifest(_Record):
     def check_whole(self, where: Path) -> None:
         """Raises CheckpointError if any tensor is not covered exactly once."""
         for name, tensor in self.tensors.items():
+            if strange := next((piece.file for piece in tensor.pieces if piece.file not in self.files), None):
+                raise CheckpointError(f"{where}: {name} lies in {strange!r}, which is no file of the manifest; refused")
             if problem := check_cover(tensor.shape, [piece.rectangle for piece in tensor.pieces]):
                 raise CheckpointError(f"{where}: {name}: {problem}; the checkpoint is not complete")
 
@@ -85,7 +87,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         if values.get("version") != VERSION:
             raise CheckpointError(f"{folder / MANIFEST}: version {values.get('version')}, this program reads {VERSION}")
         return CheckpointManifest.model_validate(values)
-    except (ValidationError, ValueError, AttributeError) as error:
+    except (ValidationError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{folder / MANIFEST}: not a checkpoint manifest: {error}") from None
 
 

@@ -209,6 +209,36 @@ def test_wrong_shapes_names_and_versions_are_named(folder: CheckpointFolder) -> 
         read_manifest(path)
 
 
+def rewrite_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """With a hash that agrees: crafted, or a fault at the save."""
+    values = json.loads((path / "manifest.json").read_text())
+    change(values)
+    (path / "manifest.json").write_text(json.dumps(values))
+    (path / "manifest.sha256").write_text(sha256_file(path / "manifest.json"))
+
+
+def lead_outside(values: dict[str, Any]) -> None:
+    values["tensors"]["parameter/conv"]["pieces"][0]["file"] = "../step-00000001/rank00000.safetensors"
+
+
+@pytest.mark.parametrize("change", [lead_outside, lambda values: values.update(step=7)], ids=["outside", "other-step"])
+def test_a_manifest_that_agrees_with_its_hash_and_lies(folder: CheckpointFolder, change: Any) -> None:
+    write(folder, 1)
+    rewrite_manifest(write(folder, 2), change)
+    assert folder.newest_whole() == folder.at(1)
+
+
+def test_what_cannot_be_read_is_named(folder: CheckpointFolder) -> None:
+    path = write(folder, 1)
+    rewrite_manifest(path, lambda values: values["tensors"]["parameter/conv"]["pieces"][0].update(key="gone"))
+    with CheckpointReader(path) as reader, pytest.raises(CheckpointError, match=r"safetensors: gone: cannot be read"):
+        reader.tensor("parameter/conv")
+    (path / "manifest.json").write_text("[" * 200_000)
+    (path / "manifest.sha256").write_text(sha256_file(path / "manifest.json"))
+    with pytest.raises(CheckpointError, match="not a checkpoint manifest"):
+        read_manifest(path)
+
+
 def test_a_tensor_with_a_piece_missing_is_never_half_read(folder: CheckpointFolder) -> None:
     with CheckpointReader(write(folder, 1)) as reader:
         name = "parameter/layer.weight"
