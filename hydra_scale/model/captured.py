@@ -53,7 +53,8 @@ class CapturedLayers:
         if x_TD.shape != self._passes.x_TD.shape or stretch.num_tokens != self._passes.num_tokens:
             found = self._layers(x_TD, stretch)
         else:
-            found = _Replay.apply(self._passes, stretch.tensors(), x_TD, *self._layers.parameters())
+            differentiated = () if self._passes.adds_gradients else self._layers.parameters()
+            found = _Replay.apply(self._passes, stretch.tensors(), x_TD, *differentiated)
         assert isinstance(found, torch.Tensor)
         return found
 
@@ -78,6 +79,8 @@ class _Passes(NamedTuple):
     grad_y_TD: torch.Tensor
     gradients: tuple[torch.Tensor, ...]
     """Of the input, then of the parameters."""
+    adds_gradients: bool
+    """The parameters' gradients are not among these: the graph adds them to the parameters' `main_grad`."""
 
 
 def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch) -> _Passes:
@@ -87,6 +90,8 @@ def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch) -> _Passes:
     # the same memory as leaves of their own: what hangs on the parameters' own gradients is not to be recorded
     parameters = {name: weight.detach().requires_grad_() for name, weight in layers.named_parameters()}
     leaves = (x_TD, *parameters.values())
+    places = [place for weight in layers.parameters() if (place := getattr(weight, "main_grad", None)) is not None]
+    adds_gradients = len(places) == len(parameters)
 
     def run() -> torch.Tensor:
         y_TD = functional_call(layers, parameters, (x_TD, stretch))
@@ -116,7 +121,12 @@ def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch) -> _Passes:
         grad_y_TD = torch.empty_like(y_TD)
         with torch.cuda.graph(backward, **capture):
             gradients = torch.autograd.grad(y_TD, leaves, grad_y_TD)
-    return _Passes(forward, backward, stretch.num_tokens, fixed, x_TD.detach(), y_TD.detach(), grad_y_TD, gradients)
+            if adds_gradients:
+                torch._foreach_add_(places, gradients[1:])
+                gradients = gradients[:1]
+    return _Passes(
+        forward, backward, stretch.num_tokens, fixed, x_TD.detach(), y_TD.detach(), grad_y_TD, gradients, adds_gradients
+    )
 
 
 class _Replay(torch.autograd.Function):

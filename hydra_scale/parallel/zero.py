@@ -18,6 +18,7 @@ from torch import nn
 from hydra_scale.accelerator import import_deepspeed
 from hydra_scale.config import Config
 from hydra_scale.errors import CheckpointError
+from hydra_scale.parallel.flat_gradients import FlatGradients
 from hydra_scale.parallel.pipeline import Pipeline
 from hydra_scale.parallel.placement import Placement, global_name, placement_of
 from hydra_scale.topology import Topology
@@ -74,6 +75,8 @@ class ZeroOptimizer:
         if self._device.type == "cuda" and not self._is_stage_3:
             self._zero.get_grad_norm_direct = partial(norm_in_one, self._zero.get_grad_norm_direct)
         self._pipeline = Pipeline(model, config, topology) if topology.stage.size > 1 else None
+        is_flat = config.zero.stage == 1 and not config.zero.offload
+        self._flat = FlatGradients(self._zero, topology.data_group) if is_flat else None
         self._seed_state(0)
 
     @property
@@ -89,6 +92,8 @@ class ZeroOptimizer:
     def accumulate(self, batches: list[Any], scale: float) -> torch.Tensor:
         """Forward and backward of the micro batches of a step; gradients of their loss times `scale` are averaged over
         the data ranks. Returns summed loss and right predictions, float64 (2,), zero before a pipeline's last stage."""
+        if self._flat is not None:
+            return self._accumulate_flat(self._flat, batches, scale)
         if self._pipeline is not None:
             with self._engine.no_sync(), self._autocast():
                 scores = self._pipeline.train(batches, scale)
@@ -104,6 +109,21 @@ class ZeroOptimizer:
                 self._engine.backward(loss * scale)
             sums += torch.stack((loss.detach().double(), num_correct.double()))
         return sums
+
+    def _accumulate_flat(self, flat: FlatGradients, batches: list[Any], scale: float) -> torch.Tensor:
+        flat.start()
+        scores: list[Any] = []
+        with self._autocast():
+            if self._pipeline is not None:
+                scores = self._pipeline.train(batches, scale)
+                self._pipeline.sum_tied_gradients()
+            else:
+                for batch in batches:
+                    loss, num_correct = self._engine.module(batch)
+                    (loss * scale).backward()
+                    scores.append((loss.detach(), num_correct))
+        flat.finish()
+        return torch.stack([torch.stack(score).double() for score in scores]).sum(0)
 
     @torch.no_grad()
     def score(self, batches: list[Any]) -> list[Any]:
@@ -231,7 +251,7 @@ class ZeroOptimizer:
 
 
 def norm_in_one(
-    norm_of: Callable[..., torch.Tensor], gradients: Iterable[Any], params: Iterable[Any], norm_type: float = 2
+    norm_of: Callable[..., torch.Tensor], gradients: list[Any], params: Iterable[Any], norm_type: float = 2
 ) -> torch.Tensor:
     """DeepSpeed's `get_grad_norm_direct`, given one tensor of the same norm as all that count here.
 
@@ -244,6 +264,9 @@ def norm_in_one(
         if not getattr(parameter, "ds_pipe_replicated", False)
         and (getattr(parameter, "tensor_model_parallel", False) or parallel_state.get_tensor_model_parallel_rank() == 0)
     ]
+    flat = getattr(gradients, "flat_partition", None)
+    if flat is not None and len(counted) == len(gradients):
+        counted = [flat]
     norms = [torch.nn.utils.get_total_norm(counted, norm_type, foreach=True)] if counted else []
     counts_here = SimpleNamespace(tensor_model_parallel=True)
     return norm_of(norms, [counts_here] * len(norms), norm_type)

@@ -48,5 +48,6 @@ def test_it_is_deepspeeds_norm(num_ranks: int, layout: str) -> None:
     for norms in run_ranks(num_ranks, both_norms, layout.split()):
         assert len(norms) == 2  # with weight decay and without
         for expected, found in norms:
-            assert found == pytest.approx(expected, rel=1e-6)
+            # a CPU adds fp32 squares one after the other: of 170,000 elements in one piece it loses 3e-6
+            assert found == pytest.approx(expected, rel=1e-5)
             assert found > 0
