@@ -5,6 +5,7 @@ from torch import nn
 
 from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.model.attention import Attention
+from hydra_scale.model.branch import branched
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
@@ -29,7 +30,8 @@ class Layer(nn.Module):
         """(T, D) -> (T, D), under sequence parallelism the rows of this rank's tokens."""
         if self._pre_norm:
             return x_TD + self.mixer(self.norm(x_TD), stretch)
-        return self.norm.of_sum(x_TD, self.mixer(x_TD, stretch), self._backend)
+        x_TD, entering_TD = branched(x_TD)
+        return self.norm.of_sum(x_TD, self.mixer(entering_TD, stretch), self._backend)
 
 
 class Encoder(nn.Module):

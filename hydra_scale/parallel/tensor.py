@@ -37,7 +37,6 @@ def _layer_config(tensor: TensorRanks) -> ModelParallelConfig:
         use_cpu_initialization=True,  # allocate on the CPU; the finished model moves to its device
         perform_initialization=False,
         params_dtype=torch.float32,
-        deterministic_mode=True,  # the embedding's gradient is summed in a fixed order
     )
 
 

@@ -44,7 +44,7 @@ def context_bytes(layout: Layout, kind: str) -> float:
     heads = inner // mixer.headdim // layout.tensor
     state = heads * mixer.headdim * mixer.d_state
     groups = max(1, mixer.ngroups // layout.tensor)
-    rows = neighbours * FP32 * (mixer.d_conv // 2) * width  # of the residual stream
+    rows = neighbours * element * (mixer.d_conv // 2) * width  # of the layer's input
     exchange = layout.config.parallel.exchange
     if exchange == "gather":
         return (size - 1) * (8 * state + 8 * heads + 8 * groups * mixer.d_state) + rows

@@ -1,7 +1,8 @@
-"""Bytes that a rank needs at its fullest moment.
+"""Bytes that a rank needs at its fullest moment, by formula.
 
-Weights, gradients and optimizer are counted by formula. What a mixer keeps is measured (docs/performance.md: 1.26 GB
-for 65,536 tokens at d_model 1024 in bf16), the rest of the activations are the tensors that autograd keeps.
+Activations are the tensors that autograd keeps and, of one layer, those that its backward pass makes, as a record of
+the allocator on an H100 lists them (docs/parallelism.md compares sums with measured peaks). Only an attention layer's
+are a measured constant.
 """
 
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from hydra_scale.plan.parameters import rank_parameters
 from hydra_scale.topology import Stage
 
 FP32 = 4
-MIXER_KEEPS = 1.26e9 / 65536 / 1024
-"""Bytes a token and channel of d_model, bf16, expand 2, on the kernels of one GPU."""
 ATTENTION_KEEPS = 0.68e9 / 65536 / 1024
-"""The same of an attention layer."""
+"""Bytes a token and channel of d_model that an attention layer keeps in bf16; measured (docs/performance.md)."""
+BACKWARD_CHUNK = 64
+"""Tokens of a chunk in the backward pass of the scan, whose states lie in memory."""
+EMBEDDING_KEEPS = 2.25
+"""Tensors of the residual stream's size: the sum of the embeddings, dropout's result, and its mask in bytes."""
 HEAD_BYTES = 12
 """A score: log-probability and its gradient in fp32, the score and its gradient in bf16."""
 BUCKET_ELEMENTS = 500_000_000
@@ -33,21 +36,19 @@ class Memory:
     optimizer: int
     """Both moments and the fp32 weights that AdamW updates; 0 if they are on the host."""
     activations: int
-    """Kept for backward passes by all micro batches on their way."""
+    """Kept for backward passes by all micro batches on their way, and what one backward pass makes."""
     states: int
-    """Of the scan of one layer, both directions."""
+    """Of the scan of one layer in its backward pass, and their gradients, both directions."""
     buffers: int
-    """DeepSpeed's, and the weights in bf16 under autocast."""
+    """DeepSpeed's."""
     accumulates: bool
-    """Whether gradients of earlier micro batches lie beside all activations."""
+    """Whether gradients lie beside all activations: those of ZeRO 1 always do, others from the second micro batch."""
 
     @property
     def peak(self) -> int:
-        """At the fullest moment: gradients grow while the activations of the only micro batch go."""
-        always = self.weights + self.optimizer + self.states + self.buffers
-        if self.accumulates:
-            return always + self.gradients + self.activations
-        return always + max(self.gradients, self.activations)
+        """At the fullest moment: gradients that do not lie there already grow while activations go."""
+        always, working = self.weights + self.optimizer + self.buffers, self.activations + self.states
+        return always + (self.gradients + working if self.accumulates else max(self.gradients, working))
 
 
 def memory(layout: Layout) -> Memory:
@@ -61,28 +62,26 @@ def stage_memory(layout: Layout, stage: Stage) -> Memory:
     count = rank_parameters(config.model, layout.vocab_size, layout.tensor, stage)
     share = -(-count // ranks)
     zero = config.zero.stage
-    buffers = FP32 * BUCKET_ELEMENTS
-    if config.training.precision == "bf16":
-        buffers += 2 * count
+    adds_in_place = zero == 1 and not config.zero.offload  # parallel/flat_gradients.py, which needs no buffer
+    buffers = 0 if adds_in_place else FP32 * BUCKET_ELEMENTS
     if zero == 3:
         buffers += FP32 * min(count, LIVE_ELEMENTS)
-    mixer = config.model.mixer
-    states = 0
-    if "H" in config.model.layer_kinds:
-        blocks = -(-layout.tokens // mixer.chunk_size)
-        states = 2 * FP32 * blocks * mixer.expand * config.model.d_model * mixer.d_state // layout.tensor
+    kept = _kept(layout, stage)
+    states = _states(layout) if any(kind == "H" for kind, _ in layout.layers_of(stage)) else 0.0
+    head = HEAD_BYTES * layout.masked_tokens / score_blocks(layout.tokens) * layout.vocab_size / layout.tensor
+    working = max(states + _backward_makes(layout, stage), head if stage.is_last else 0.0)
     return Memory(
         weights=FP32 * (share if zero == 3 else count),
         gradients=FP32 * (count if zero == 1 else share),
         optimizer=0 if config.zero.offload else 3 * FP32 * share,
-        activations=round(_activations(layout, stage)),
-        states=states,
+        activations=round(kept + working - states),
+        states=round(states),
         buffers=buffers,
-        accumulates=layout.num_micro_batches > 1,
+        accumulates=adds_in_place or layout.num_micro_batches > 1,
     )
 
 
-def _activations(layout: Layout, stage: Stage) -> float:
+def _kept(layout: Layout, stage: Stage) -> float:
     config = layout.config
     kept, again, together = 0.0, 0.0, config.training.recompute.together
     for (kind, recomputes), number in layout.layers_of(stage).items():
@@ -91,16 +90,48 @@ def _activations(layout: Layout, stage: Stage) -> float:
             kept += number * whole
             continue
         of_each = _recomputed_keeps(layout, kind)
-        beside = (together - 1) * of_each  # what layers that share an input keep while they are worked on
-        kept += number * of_each if together == 1 else -(-number // together) * _entering_bytes(layout)
-        again = max(again, whole + beside)  # of one layer at a time
+        kept += number * of_each if together == 1 else _shared_inputs(number, together) * _entering_bytes(layout)
+        again = max(again, whole)  # of one layer at a time
     if stage.is_first:
-        kept += 3 * FP32 * config.model.d_model * layout.residual_tokens  # sum, norm and dropout of the embedding
-    total = kept * _on_their_way(layout, stage) + again
-    if stage.is_last:
-        blocks = score_blocks(layout.tokens)
-        total += HEAD_BYTES * layout.masked_tokens / blocks * layout.vocab_size / layout.tensor
-    return total
+        kept += EMBEDDING_KEEPS * FP32 * config.model.d_model * layout.residual_tokens
+    return kept * _on_their_way(layout, stage) + again
+
+
+def _shared_inputs(number: int, together: int) -> int:
+    """Most inputs of layers at a time: one of each group that is still to come, and of one group those of all layers.
+
+    The last group may be short; it is differentiated first, and gone when the next one is at its fullest.
+    """
+    groups, short = -(-number // together), number % together or together
+    return max(groups + short - 1, groups - 1 + together - 1 if groups > 1 else 0)
+
+
+def _states(layout: Layout) -> float:
+    """States at the borders of chunks and their gradients, for both directions."""
+    mixer = layout.config.model.mixer
+    chunk = min(BACKWARD_CHUNK, mixer.chunk_size)
+    inner = mixer.expand * layout.config.model.d_model / layout.tensor
+    return 2 * 2 * layout.element_bytes * -(-layout.tokens // chunk) * inner * mixer.d_state
+
+
+def _backward_makes(layout: Layout, stage: Stage) -> float:
+    """Besides the states, in the backward pass of a layer, less what of the layer is gone by then."""
+    model, tokens, element = layout.config.model, layout.tokens, layout.element_bytes
+    residual = 2 * FP32 * model.d_model * layout.residual_tokens  # the gradient that came, and the one of the norm
+    if not any(kind == "H" for kind, _ in layout.layers_of(stage)):
+        return residual
+    projected, convolved, inner = _mixer_widths(layout)
+    vectors = 2 * FP32 * (convolved - inner)  # gradients of B and C, within and across chunks
+    made = element * (projected + 2 * convolved + 2 * inner) + vectors
+    return residual + tokens * (made - element * inner) - FP32 * model.d_model * layout.residual_tokens
+
+
+def _mixer_widths(layout: Layout) -> tuple[float, float, float]:
+    """Of a rank: columns of the projection, those of the convolution among them, and those of its result."""
+    model, mixer = layout.config.model, layout.config.model.mixer
+    inner = mixer.expand * model.d_model / layout.tensor
+    readers = 4 * mixer.d_state * max(1.0, mixer.ngroups / layout.tensor)
+    return 2 * inner + readers + 2 * inner / mixer.headdim, inner + readers, inner
 
 
 def _on_their_way(layout: Layout, stage: Stage) -> float:
@@ -120,13 +151,16 @@ def layer_keeps(layout: Layout, kind: str) -> float:
     norm = FP32 * width * layout.residual_tokens  # the residual stream, as the norm around the layer reads it
     divided = element * width * tokens * (1 - 1 / tensor)  # the whole input stands before divided matrices
     if kind == "M":
-        inner = round(model.mlp.expansion * width)
-        return norm + element * tokens * (width + 2 * inner / tensor)
+        widened = round(model.mlp.expansion * width)
+        return norm + element * tokens * (width + 2 * widened / tensor)
     if kind == "A":
         gathered = 2 * element * width * layout.micro_batch_tokens / tensor if layout.context > 1 else 0.0
         return norm + divided + gathered + ATTENTION_KEEPS * element / 2 * width * tokens / tensor
-    mixer = MIXER_KEEPS * element / 2 * model.mixer.expand / 2 * width * tokens / tensor
-    return norm + divided + mixer
+    projected, convolved, inner = _mixer_widths(layout)
+    kept = width / tensor + projected + 2 * inner  # its input, the projection, the scan's result and that of the norm
+    if tensor > 1:
+        kept += convolved  # PyTorch's operations lie between the kernels
+    return norm + divided + element * tokens * kept
 
 
 def _entering_bytes(layout: Layout) -> float:
