@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` is instant.
 
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]"
 
 @app.command()
 def prepare(
-    source: Annotated[str, typer.Option(help="text | html | jsonl | csv | parquet | fasta | wheel | deb | a corpus")],
+    source: Annotated[str, typer.Option(help="text html jsonl csv parquet fasta wheel deb images | a corpus")],
     output: Annotated[Path, typer.Option(help="Folder to write; must not exist or be empty.")],
     inputs: Annotated[list[Path] | None, typer.Option("--input", help="File or folder to read; repeatable.")] = None,
     tokenizer: Annotated[
@@ -51,10 +52,15 @@ def prepare(
         bool, typer.Option("--reverse-complement", help="FASTA: add each document's reverse complement.")
     ] = False,
     soft_mask: Annotated[str, typer.Option(help="FASTA: lower-case bases: keep | hide (read as N)")] = "keep",
+    image_size: Annotated[int | None, typer.Option(help="Images: pixels of a side, resized and cropped.")] = None,
+    image_color: Annotated[str | None, typer.Option(help="Images: grey | rgb  [grey]")] = None,
     min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
     near_duplicates: Annotated[
         float | None, typer.Option(help="Also drop documents this similar (0 to 1, Jaccard of word runs).")
     ] = None,
+    language: Annotated[str | None, typer.Option(help="Drop documents not in this language (ISO 639: en).")] = None,
+    language_confidence: Annotated[float | None, typer.Option(help="Least probability of --language.  [0.5]")] = None,
+    quality: Annotated[str | None, typer.Option(help="Drop documents that break rules of quality: gopher")] = None,
     shard_size: Annotated[int, typer.Option(help="Bytes of a shard, about.")] = 256 << 20,
     threads: Annotated[int, typer.Option(help="Threads of SentencePiece.")] = 1,
     processes: Annotated[int, typer.Option(min=1, help="Prepare as so many parts at once, then join them.")] = 1,
@@ -82,7 +88,9 @@ def prepare(
         "eval_fraction": eval_fraction, "text_field": text_field, "document_unit": document_unit,
         "window": window, "reverse_complement": reverse_complement, "soft_mask": soft_mask,
         "min_characters": min_characters, "shard_size": shard_size, "threads": threads, "cache": cache,
-        "divide": divide, "near_duplicates": near_duplicates,
+        "divide": divide, "near_duplicates": near_duplicates, "language": language,
+        "language_confidence": language_confidence, "quality": quality, "image_size": image_size,
+        "image_color": image_color,
     }  # fmt: skip
     try:
         options = PrepareOptions.model_validate(values)
@@ -108,8 +116,7 @@ def prepare(
     if report.licence:
         typer.echo(f"licence    {report.licence}")
     typer.echo(f"documents  {report.train_documents:,} to train on, {report.eval_documents:,} held out")
-    duplicates = f"{report.num_duplicates:,} duplicates, {report.num_near_duplicates:,} near ones"
-    typer.echo(f"dropped    {duplicates}, {report.num_short:,} too short")
+    typer.echo(f"dropped    {_counted(report.dropped)}")
     typer.echo(f"tokens     {report.train_tokens:,} to train on, {report.eval_tokens:,} held out")
     typer.echo(f"tokenizer  {report.vocab_size:,} pieces, {report.tokens_per_word:.2f} tokens a word")
     typer.echo(f"unknown    {report.unknown_rate:.4%} of the tokens")
@@ -125,8 +132,10 @@ def join(
     """Make one prepared folder of the parts that the tasks of a preparation wrote."""
     from hydra_data_prep.assemble import join as run
     from hydra_data_prep.parts import parts_in
+    from hydra_data_prep.publish import remove_all_leftovers
 
     _say_size(output, run(parts_in(parts), output))
+    remove_all_leftovers(parts)
 
 
 @app.command()
@@ -300,9 +309,15 @@ def _draw(folder: Path, picture: Path | None) -> None:
         typer.echo(f"histogram  {picture}")
 
 
+def _counted(dropped: Mapping[str, object]) -> str:
+    return ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
+
+
 def _say_size(folder: Path, manifest: "Manifest") -> None:
     for split, entry in manifest.splits.items():
         typer.echo(f"{split:<11}{entry.documents:,} documents, {entry.tokens:,} tokens")
+    if isinstance(dropped := manifest.source.get("dropped"), dict):
+        typer.echo(f"dropped    {_counted(dropped)}")
     typer.echo(f"written    {folder}")
 
 

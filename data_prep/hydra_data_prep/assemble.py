@@ -5,14 +5,26 @@ Shards are linked, or copied where the file system cannot link; no token is writ
 
 import os
 import shutil
+import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import JsonValue
 
 from hydra_data_prep.publish import check_free, published
-from hydra_scale.data.manifest import COUNTS, LENGTHS, TOKENIZER_FOLDER, Manifest, ShardEntry, SplitEntry, read_manifest
+from hydra_scale.data.manifest import (
+    COUNTS,
+    DROPPED,
+    LENGTHS,
+    TOKENIZER_FOLDER,
+    Manifest,
+    ShardEntry,
+    SplitEntry,
+    read_manifest,
+)
 from hydra_scale.data.shards import Split, TokenStore, save_array
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
@@ -48,7 +60,9 @@ def join(parts: Sequence[Path], output: Path) -> Manifest:
         for split in manifest.splits:
             store = TokenStore(part, manifest, split)
             shards.setdefault(split, []).extend(_read(store, number) for number in range(len(store.entry.shards)))
-    return _write(parts[0], first, shards, output)
+    _refuse_same_keys([shard.path for found in shards.values() for shard in found])
+    source = first.source | {DROPPED: _dropped(manifests)}
+    return _write(parts[0], first.model_copy(update={"source": source}), shards, output)
 
 
 def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
@@ -75,6 +89,14 @@ def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
     return _write(folder, manifest, shards, output), faults
 
 
+def _dropped(manifests: Sequence[Manifest]) -> dict[str, JsonValue]:
+    total: Counter[str] = Counter()
+    for manifest in manifests:
+        found = manifest.source.get(DROPPED)
+        total.update(found if isinstance(found, dict) else {})
+    return dict(total)
+
+
 def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     seen: dict[str, Path] = {}
     for part, manifest in zip(parts, manifests, strict=True):
@@ -84,6 +106,21 @@ def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
                 if shard.sha256 in seen:
                     raise DataError(f"{path}: the same content as {seen[shard.sha256]}; leave one of the parts out")
                 seen[shard.sha256] = path
+
+
+def _refuse_same_keys(paths: Sequence[Path]) -> None:
+    """All samples of a shard have its name and number in their keys: the first tells."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        with tarfile.open(path, "r:") as archive:
+            first = archive.next()
+        key = first.name.partition(".")[0] if first else ""
+        if key in seen:
+            raise DataError(
+                f"{path}: sample {key} has the key of one in {seen[key]}; prepare both with `--task` and `--tasks`, or"
+                " give them to data.train as two sources"
+            )
+        seen[key] = path
 
 
 def _read(store: TokenStore, number: int) -> _Shard:

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,12 +12,15 @@ from hydra_data_prep.near_duplicates import NearDuplicates
 # What is neither text nor white space: controls (white space among them is collapsed later) and lone surrogates.
 _NOT_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ud800-\udfff\ufeff]")
 
+Filter = Callable[[str], str | None]
+"""Why a document is dropped, given its text before it is normalised; None if it is kept."""
+
 
 class CleanDocument(NamedTuple):
     """A document that is kept."""
 
-    text: str
-    """Normalised by the tokenizer's rule."""
+    text: str | bytes
+    """Normalised by the tokenizer's rule; bytes are as they were."""
     digest: bytes
     """16 bytes of BLAKE2b of the text."""
 
@@ -38,29 +42,47 @@ class Cleaning:
     part: tuple[int, int] | None = None
     """(i, n): of n parts of all documents, divided by the hash of their text, only the i-th is looked at further."""
     near: NearDuplicates | None = None
+    filters: Sequence[Filter] = ()
+    """Asked in turn."""
     num_read: int = 0
     num_short: int = 0
     num_duplicates: int = 0
     num_near_duplicates: int = 0
+    filtered: Counter[str] = field(default_factory=Counter)
+    """Dropped by filters, for each reason."""
     _seen: set[bytes] = field(default_factory=set)
 
-    def __call__(self, documents: Iterable[str]) -> Iterator[CleanDocument]:
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many documents were dropped, for each reason."""
+        near = {"near duplicates": self.num_near_duplicates} if self.near else {}
+        filtered = {reason: self.filtered[reason] for reason in sorted(self.filtered)}
+        return {"too short": self.num_short, "duplicates": self.num_duplicates} | near | filtered
+
+    def __call__(self, documents: Iterable[str] | Iterable[bytes]) -> Iterator[CleanDocument]:
         """The documents that are long enough and new, in order."""
         for raw in documents:
             self.num_read += 1
-            text = self.normalise(_NOT_TEXT.sub("", raw))
-            digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+            if isinstance(raw, str):
+                raw = _NOT_TEXT.sub("", raw)
+            text = self.normalise(raw) if isinstance(raw, str) else raw
+            content = text.encode() if isinstance(text, str) else text
+            digest = hashlib.blake2b(content, digest_size=16).digest()
             # bytes that the lot does not use: every part has its share of held-out documents
             if self.part and int.from_bytes(digest[6:14], "big") % self.part[1] != self.part[0]:
                 continue
             if len(text) < self.min_characters:
                 self.num_short += 1
                 continue
+            # before it is remembered: of two with the same text after normalisation one may have better lines
+            if isinstance(raw, str) and (reason := next(filter(None, (look(raw) for look in self.filters)), None)):
+                self.filtered[reason] += 1
+                continue
             if digest in self._seen:
                 self.num_duplicates += 1
                 continue
             self._seen.add(digest)
-            if self.near and self.near.seen(text):
+            if self.near and isinstance(text, str) and self.near.seen(text):
                 self.num_near_duplicates += 1
                 continue
             yield CleanDocument(text, digest)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hydra_data_prep.assemble import join
 from hydra_data_prep.prepare import PrepareOptions, Progress, Report, described, prepare
-from hydra_data_prep.publish import check_free
+from hydra_data_prep.publish import check_free, remove_leftovers
 from hydra_scale.data.manifest import MANIFEST, Manifest, read_manifest
 from hydra_scale.errors import ConfigError, DataError
 
@@ -37,6 +37,7 @@ def prepare_part(options: PrepareOptions, progress: Progress = lambda stage, don
     """
     if not (options.output / MANIFEST).is_file():
         return prepare(options, progress)
+    remove_leftovers(options.output)
     found, wanted = read_manifest(options.output).source, described(options)
     for key in wanted:
         if found.get(key) != wanted[key]:

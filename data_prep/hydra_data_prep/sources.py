@@ -19,6 +19,7 @@ from hydra_scale.errors import DataError, EnvironmentFault
 
 DocumentUnit = Literal["file", "paragraph", "line"]
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def read_files(source: str, inputs: Sequence[Path], options: SourceOptions) -> I
 
 def source_suffixes(source: str) -> tuple[str, ...]:
     """Of the files of a folder that a source reads; none for all."""
-    archives = {"wheel": (".whl", ".zip"), "deb": (".deb",)}
+    archives = {"wheel": (".whl", ".zip"), "deb": (".deb",), "images": IMAGE_SUFFIXES}
     return archives[source] if source in archives else _READERS[source][1]
 
 

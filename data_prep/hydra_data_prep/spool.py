@@ -1,12 +1,13 @@
 """Kept documents between the two passes of a preparation: lines of plain files, settled into splits.
 
 A tokenizer that takes texts as they are keeps their line breaks, which stand in the files as the NUL that cleaning has
-removed from every text.
+removed from every text. Documents of bytes stand there as hexadecimal digits.
 """
 
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from hydra_data_prep.cleaning import CleanDocument
 from hydra_scale.data.shards import Split
@@ -16,7 +17,8 @@ from hydra_scale.errors import DataError
 class Spool:
     """The kept documents as lines of two files, and which one line belongs to the other file's split."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, binary: bool = False) -> None:
+        self._binary = binary
         self._files: dict[Split, Path] = {"train": folder / "train.lines", "eval": folder / "eval.lines"}
         self._counts: dict[Split, int] = {"train": 0, "eval": 0}
         self._moved: tuple[Split, int] | None = None
@@ -33,9 +35,10 @@ class Spool:
                     lowest = min(lowest, (lot, self._counts["train"]))
                 else:
                     highest = max(highest, (lot, self._counts["eval"]))
-                (train if split == "train" else held_out).write(text.replace("\n", "\0").encode() + b"\n")
+                line = text.hex() if isinstance(text, bytes) else text.replace("\n", "\0")
+                (train if split == "train" else held_out).write(line.encode() + b"\n")
                 self._counts[split] += 1
-                self.num_words += text.count(" ") + text.count("\n") + 1
+                self.num_words += 1 if isinstance(text, bytes) else text.count(" ") + text.count("\n") + 1
         if not any(self._counts.values()):
             raise DataError(f"--source {source}: holds no document to keep; check --input and --min-characters")
         if not self._counts["train"]:
@@ -48,12 +51,12 @@ class Spool:
         """Splits that hold documents."""
         return [split for split, count in self._counts.items() if count]
 
-    def bytes(self, split: Split) -> int:
-        """Size of the text of a split, but for a moved document."""
+    def size(self, split: Split) -> int:
+        """Bytes of the lines of a split, but for a moved document."""
         return self._files[split].stat().st_size
 
-    def documents(self, split: Split) -> Iterator[str]:
-        """The documents of a split, in order; one that was moved here comes last."""
+    def documents(self, split: Split) -> Iterator[Any]:
+        """The documents of a split, str or bytes, in order; one that was moved here comes last."""
         for number, text in enumerate(self._lines(split)):
             if (split, number) != self._moved:
                 yield text
@@ -70,7 +73,8 @@ class Spool:
         self._counts[origin] -= 1
         self._counts["eval" if origin == "train" else "train"] += 1
 
-    def _lines(self, split: Split) -> Iterator[str]:
+    def _lines(self, split: Split) -> Iterator[str | bytes]:
         with self._files[split].open("rb") as lines:
             for line in lines:
-                yield line[:-1].decode().replace("\0", "\n")
+                text = line[:-1].decode()
+                yield bytes.fromhex(text) if self._binary else text.replace("\0", "\n")

@@ -1,15 +1,20 @@
 """`verify`: does a prepared folder still hold what its manifest says?"""
 
+import io
+import tarfile
+from functools import partial
 from pathlib import Path
 
-from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, read_manifest
+import numpy as np
+
+from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, Block, read_manifest
 from hydra_scale.data.shards import TokenStore
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 
 
 def verify(folder: Path) -> None:
-    """Hash every file of a prepared folder, check lengths and token ids, and look for files that do not belong there.
+    """Hash every file of a prepared folder, check lengths, token ids and samples, and look for files too many.
 
     Raises:
         DataError: the first difference from the manifest.
@@ -17,12 +22,77 @@ def verify(folder: Path) -> None:
     manifest = read_manifest(folder)
     if Tokenizer.load(folder / TOKENIZER_FOLDER).sha256 != manifest.tokenizer.sha256:
         raise DataError(f"{folder / TOKENIZER_FOLDER}: not the tokenizer of the manifest; copy the folder again")
-    known = {folder / MANIFEST}
+    known, keys = {folder / MANIFEST}, dict[str, Path]()
     for split, entry in manifest.splits.items():
         store = TokenStore(folder, manifest, split)
         store.counts()
-        store.verify()
+        store.verify(partial(_check_samples, store, np.dtype(manifest.dtype), keys))
         known |= {store.folder / file.name for file in (entry.lengths, entry.counts, *entry.shards)}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path not in known and path.parent != folder / TOKENIZER_FOLDER:
             raise DataError(f"{path}: not listed in the manifest; remove it or prepare the folder again")
+
+
+def _check_samples(store: TokenStore, dtype: np.dtype, keys: dict[str, Path], number: int) -> None:
+    """Walk the tar of a shard as other readers do: each sample is a block of the manifest.
+
+    Args:
+        store: of the split.
+        dtype: of the tokens.
+        keys: of samples seen before, and their shards; those of this one are added.
+        number: of the shard, which has the size and hash of the manifest.
+
+    Raises:
+        DataError: a sample lacks a member or has one of another sample between its own, its key is that of an earlier
+            one, or its arrays are not what the manifest says.
+    """
+    shard, lengths = store.entry.shards[number], store.lengths_of(number)
+    path, first_document = store.folder / shard.name, 0
+    try:
+        with tarfile.open(path, "r:") as archive:
+            members = archive.getmembers()
+            for index, block in enumerate(shard.blocks):
+                pair = members[2 * index : 2 * index + 2]
+                key = _key(path, index, [member.name for member in pair])
+                if key in keys:
+                    raise DataError(f"{path}: sample {key} has the key of one in {keys[key]}; prepare one of them anew")
+                keys[key] = path
+                contents = [archive.extractfile(member) for member in pair]
+                arrays = [np.load(io.BytesIO(c.read()), allow_pickle=False) for c in contents if c is not None]
+                here = lengths[first_document : first_document + block.documents]
+                offset = pair[0].offset_data + pair[0].size - arrays[0].nbytes
+                _check_arrays(f"{path}: sample {key}", arrays, dtype, here, block, offset)
+                first_document += block.documents
+    except (tarfile.TarError, ValueError, EOFError, IndexError) as error:
+        raise DataError(f"{path}: its samples cannot be read ({error}); prepare the folder again") from None
+    if len(members) != 2 * len(shard.blocks):
+        raise DataError(
+            f"{path}: {len(members)} members, expected {2 * len(shard.blocks)} for the {len(shard.blocks)} blocks of"
+            " the manifest; prepare the folder again"
+        )
+
+
+def _key(path: Path, number: int, names: list[str]) -> str:
+    """The key of a sample, given the names of its two members."""
+    key = names[0].partition(".")[0] if names else f"number {number}"
+    for field in ("tokens.npy", "lengths.npy"):
+        if f"{key}.{field}" not in names:
+            found = ", ".join(names) or "nothing"
+            raise DataError(
+                f"{path}: sample {key}: no {field} in its place, found {found}; the members of a sample stand together,"
+                " tokens first: prepare the folder again"
+            )
+    return key
+
+
+def _check_arrays(
+    where: str, arrays: list[np.ndarray], dtype: np.dtype, lengths: np.ndarray, block: Block, offset: int
+) -> None:
+    tokens, found = arrays
+    if tokens.dtype != dtype or tokens.shape != (block.tokens,) or offset != block.offset:
+        raise DataError(
+            f"{where}: tokens are {tokens.dtype} {tokens.shape} at byte {offset}, the manifest says {dtype}"
+            f" ({block.tokens},) at byte {block.offset}; prepare the folder again"
+        )
+    if not np.array_equal(found, lengths):
+        raise DataError(f"{where}: its lengths are not those of lengths.npy; prepare the folder again")

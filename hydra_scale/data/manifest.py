@@ -23,11 +23,20 @@ MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 LENGTHS = "lengths.npy"
 COUNTS = "counts.npy"
+DROPPED = "dropped"
+"""Entry of a manifest's `source`: how many documents were dropped, for each reason."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 
+_MAGIC = {
+    b"\x1f\x8b": "but gzip",
+    b"\x28\xb5\x2f\xfd": "but zstd",
+    b"\xfd7zXZ": "but xz",
+    b"BZh": "but bzip2",
+    b"PK": "but zip",
+}
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
 
 
@@ -91,7 +100,8 @@ class SplitEntry(_Record):
             if len(set(seen)) < len(seen):
                 twice = next(value for value in seen if seen.count(value) > 1)
                 first, second = [number for number, value in enumerate(seen) if value == twice][:2]
-                raise ValueError(f"shards {first} and {second} of the list have the same {what} {twice}")
+                names = f"{self.shards[first].name} and {self.shards[second].name}"
+                raise ValueError(f"shards {first} and {second} of the list have the same {what} {twice}: {names}")
         totals = (sum(shard.documents for shard in self.shards), sum(shard.tokens for shard in self.shards))
         if totals != (self.documents, self.tokens):
             raise ValueError(
@@ -178,7 +188,20 @@ def sha256_file(path: Path) -> str:
 def check_sha256(path: Path, found: str, expected: str) -> None:
     """Raises DataError if a file's hash is not that of its manifest."""
     if found != expected:
-        raise DataError(f"{path}: sha256 is {found}, the manifest says {expected}; copy it or prepare the folder again")
+        kind = no_tar(path)
+        raise DataError(
+            f"{path}: {kind}sha256 is {found}, the manifest says {expected}; copy it or prepare the folder again"
+        )
+
+
+def no_tar(path: Path) -> str:
+    """`not a tar archive, ..., ` of a .tar that does not begin as one; nothing of what does, is empty or is no .tar."""
+    with path.open("rb") as stream:
+        head = stream.read(262)
+    if path.suffix != ".tar" or not head or head[257:] == b"ustar":
+        return ""
+    kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), f"it begins with {head[:8]!r}")
+    return f"not a tar archive, {kind}, "
 
 
 def _validated(path: Path, values: Any) -> Manifest:
@@ -214,7 +237,7 @@ def _check_sizes(folder: Path, entry: SplitEntry) -> None:
         if not path.is_file():
             raise DataError(f"{path}: missing; copy the folder again")
         if (size := path.stat().st_size) != file.bytes:
-            raise DataError(f"{path}: {size:,} bytes, the manifest says {file.bytes:,}; copy it again")
+            raise DataError(f"{path}: {no_tar(path)}{size:,} bytes, the manifest says {file.bytes:,}; copy it again")
 
 
 def _digest(values: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import hashlib
 import io
 import mmap
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -29,6 +29,7 @@ from hydra_scale.data.manifest import (
     ShardEntry,
     SplitEntry,
     check_sha256,
+    no_tar,
     sha256_file,
     split_entry,
 )
@@ -206,10 +207,12 @@ class TokenStore:
         """Occurrences of each token id in the split, int64 (vocab_size,)."""
         return _checked_array(self.folder, self.entry.counts)
 
-    def verify(self) -> None:
-        """Hash every shard and check its ids; see `gather` for what is raised."""
+    def verify(self, look: Callable[[int], object] = lambda number: None) -> None:
+        """Hash every shard and check its ids; `look` is called in between. See `gather` for what is raised."""
         for number, shard in enumerate(self.entry.shards):
-            self._open(self.folder / shard.name, number)
+            _, tokens = self._mapped(path := self.folder / shard.name, number)
+            look(number)
+            self._check_ids(path, number, tokens)
 
     def read_shard(self, number: int) -> np.ndarray:
         """All tokens of a shard, hashed and checked, in the type of the shards; see `gather` for what is raised."""
@@ -275,17 +278,27 @@ class TokenStore:
         return tokens
 
     def _open(self, path: Path, number: int) -> tuple[mmap.mmap, np.ndarray]:
+        mapping, tokens = self._mapped(path, number)
+        self._check_ids(path, number, tokens)
+        return mapping, tokens
+
+    def _mapped(self, path: Path, number: int) -> tuple[mmap.mmap, np.ndarray]:
         entry = self.entry.shards[number]
         if not path.is_file():
             raise DataError(f"{path}: missing; copy the folder again")
         with path.open("rb") as stream:
             if (size := path.stat().st_size) != entry.bytes:
-                raise DataError(f"{path}: {size:,} bytes, the manifest says {entry.bytes:,}; copy it again")
+                raise DataError(
+                    f"{path}: {no_tar(path)}{size:,} bytes, the manifest says {entry.bytes:,}; copy it again"
+                )
             mapping = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         check_sha256(path, hashlib.sha256(mapping).hexdigest(), entry.sha256)
-        tokens = np.frombuffer(mapping, self._dtype)
-        self._check_ids(path, number, tokens)
-        return mapping, tokens
+        if entry.bytes % self._dtype.itemsize:
+            raise DataError(
+                f"{path}: {entry.bytes:,} bytes, which {self._dtype.itemsize} of a {self._dtype.name} do not divide;"
+                " it is no shard of this manifest: prepare the folder again"
+            )
+        return mapping, np.frombuffer(mapping, self._dtype)
 
     def _check_ids(self, path: Path, number: int, tokens: np.ndarray) -> None:
         first_document = int(self._shard_documents[number])
@@ -316,7 +329,13 @@ class TokenStore:
                 " prepare the folder again"
             )
         tokens = np.add.reduceat(self.lengths, self._block_documents[:-1], dtype=np.int64)
-        if not self.lengths.all() or (tokens != blocks[:, 2]).any():
+        if not self.lengths.all():
+            empty = int(np.argmin(self.lengths))
+            raise DataError(
+                f"{path}: document {empty} of {len(self.lengths)} has 0 tokens, expected at least 1; prepare the folder"
+                " again"
+            )
+        if (tokens != blocks[:, 2]).any():
             raise DataError(f"{path}: the lengths contradict the blocks of the manifest; prepare the folder again")
 
 

@@ -199,7 +199,11 @@ class BytesTokenizer(Tokenizer):
         self._set_vocabulary(_NUM_SPECIAL + 256, [_NUM_SPECIAL + ord(" ")])
 
     def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
-        ids = (np.frombuffer(text.encode(), np.uint8).astype(np.uint32) + _NUM_SPECIAL for text in texts)
+        return self.encode_bytes([text.encode() for text in texts], frame=frame)
+
+    def encode_bytes(self, documents: Sequence[bytes], *, frame: bool = True) -> list[np.ndarray]:
+        """Ids of what need not be text, as `encode`."""
+        ids = (np.frombuffer(content, np.uint8).astype(np.uint32) + _NUM_SPECIAL for content in documents)
         return [_framed(body) if frame else body for body in ids]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
