@@ -41,6 +41,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.ledger_file = path / "ledger.jsonl"
         self.skipped_file = path / "skipped.json"
+        self.quarantine_file = path / "quarantine.json"
         self.log_file = path / "train.log"
         self.tensorboard = path / "tensorboard"
         self.tokenizer = path / "tokenizer"

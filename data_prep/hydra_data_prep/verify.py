@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, Block, read_manifest
-from hydra_scale.data.shards import TokenStore
+from hydra_scale.data.shards import TokenStore, token_counts
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 
@@ -25,7 +25,7 @@ def verify(folder: Path) -> None:
     known, keys = {folder / MANIFEST}, dict[str, Path]()
     for split, entry in manifest.splits.items():
         store = TokenStore(folder, manifest, split)
-        store.counts()
+        token_counts(folder, manifest, split)
         store.verify(partial(_check_samples, store, np.dtype(manifest.dtype), keys))
         known |= {store.folder / file.name for file in (entry.lengths, entry.counts, *entry.shards)}
     for path in sorted(folder.rglob("*")):

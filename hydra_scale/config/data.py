@@ -75,6 +75,9 @@ class DataConfig(Section):
     """Folder into which data given by URL is copied; absent: hydra-scale/data in the user's cache folder."""
     cache_gb: Annotated[float, Field(gt=0)] | None = None
     """10^9 bytes that the cache may hold; absent: what the disk holds."""
+    quarantine: bool = False
+    """Leave out training shards that are missing, cut or altered when the run begins, the same in all its starts, as
+    RUN/quarantine.json says; all shards are hashed before the first step. false: a broken shard ends the run."""
     seqlen: PositiveInt = 512
     """Tokens of a sequence."""
     packing: bool = True

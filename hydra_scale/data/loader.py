@@ -14,8 +14,8 @@ import torch
 from hydra_scale.config import DataConfig
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER
 from hydra_scale.data.masking import Masking
-from hydra_scale.data.sequences import MixedSplits, PreparedSplit
-from hydra_scale.data.shards import TokenStore
+from hydra_scale.data.sequences import MixedSplits, PreparedSplit, SetAside
+from hydra_scale.data.shards import token_counts
 from hydra_scale.data.skipping import Skipped, batch_of
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
@@ -152,15 +152,16 @@ class TrainingData:
     Args:
         config: folders, sequence length, packing and masks.
         seed: of the order and of the masks.
+        without: shards that are as if they had never been prepared.
 
     Raises:
         ConfigError: the weight of a source is too small to count.
         DataError: a folder is missing, damaged, or inconsistent.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, without: SetAside | None = None) -> None:
         self._config = config
-        self._sequences = MixedSplits(config, seed)
+        self._sequences = MixedSplits(config, seed, without or {})
         first = self._sequences.splits[0]
         self.tokenizer = first.tokenizer
         self.tokenizer_folder = first.folder / TOKENIZER_FOLDER
@@ -231,13 +232,17 @@ class EvaluationData:
     Args:
         config: its eval folder is used, or else its first train folder.
         tokenizer: the tokenizer of the model, which must be the one of the data; absent: not compared.
+        without: shards of train splits that may be damaged.
 
     Raises:
         DataError: the folder is missing, damaged, without an eval split, or of another tokenizer.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None) -> None:
-        self._split = PreparedSplit(config.eval or config.sources[0].path, "eval", config, None)
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer | None = None, without: SetAside | None = None
+    ) -> None:
+        address = config.eval or config.sources[0].path
+        self._split = PreparedSplit(address, "eval", config, None, (without or {}).get(address, ()))
         self._mask_rate, folder = config.eval_mask_rate, self._split.folder
         self.tokenizer = self._split.tokenizer
         self._batch = _Batches(self._split, config, _EVALUATION_SEED, self.tokenizer)
@@ -246,8 +251,8 @@ class EvaluationData:
                 f"{folder / MANIFEST}: prepared with tokenizer {self.tokenizer.kind} {self.tokenizer.sha256[:12]}, the"
                 f" model's is {tokenizer.kind} {tokenizer.sha256[:12]}; prepare it with `--tokenizer TRAIN_FOLDER`"
             )
-        train = TokenStore(folder, self._split.manifest, "train")
-        self.unigram = Unigram.from_counts(train.counts(), self.tokenizer.is_special)
+        counts = token_counts(folder, self._split.manifest, "train")
+        self.unigram = Unigram.from_counts(counts, self.tokenizer.is_special)
         """Frequencies in the train split of the same folder."""
 
     def batches(

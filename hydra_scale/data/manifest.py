@@ -11,6 +11,7 @@ DATA/eval/                        likewise: documents held out by the hash of th
 import hashlib
 import json
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -111,6 +112,13 @@ class SplitEntry(_Record):
         return self
 
 
+    def without(self, names: Collection[str]) -> "SplitEntry":
+        """The same split without some of its shards, by name; `lengths` and `counts` stay those of all."""
+        shards = tuple(shard for shard in self.shards if shard.name not in names)
+        documents, tokens = (sum(getattr(shard, what) for shard in shards) for what in ("documents", "tokens"))
+        return self.model_copy(update={"shards": shards, "documents": documents, "tokens": tokens})
+
+
 class TokenizerEntry(_Record):
     """Which tokenizer wrote the tokens."""
 
@@ -139,6 +147,12 @@ class Manifest(_Record):
         seen = self.model_dump(mode="json", include={"version", "tokenizer", "dtype"})
         return _digest(seen | {"split": self.splits[split].model_dump(mode="json")})
 
+    def without(self, names: Collection[str]) -> "Manifest":
+        """The same without some shards of the train split, as a run sees it that sets them aside."""
+        if not names:
+            return self
+        return self.model_copy(update={"splits": self.splits | {"train": self.splits["train"].without(names)}})
+
     def write(self, folder: Path) -> None:
         """Write folder/manifest.json."""
         values = self.model_dump(mode="json")
@@ -146,8 +160,9 @@ class Manifest(_Record):
         (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
-def read_manifest(folder: Path, *, files_too: bool = True) -> Manifest:
-    """The manifest of a prepared folder; every listed file is there and has the listed size, if `files_too`.
+def read_manifest(folder: Path, *, files_too: bool = True, without: Collection[str] = ()) -> Manifest:
+    """The manifest of a prepared folder; every listed file is there and has the listed size, if `files_too`, but for
+    shards of the train split that a run does `without`.
 
     Raises:
         DataError: the folder, the manifest or a file is missing, cut or altered, or of a newer schema.
@@ -160,7 +175,7 @@ def read_manifest(folder: Path, *, files_too: bool = True) -> Manifest:
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error}); copy or prepare the folder again") from None
     manifest = _validated(path, values)
-    for split, entry in manifest.splits.items() if files_too else ():
+    for split, entry in manifest.without(without).splits.items() if files_too else ():
         _check_sizes(folder / split, entry)
     return manifest
 

@@ -1,6 +1,7 @@
 """The tokens of any range of sequences, from one prepared folder or a mixture of several."""
 
 import hashlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 
 
+SetAside = Mapping[str, Collection[str]]
+"""Names of the shards that a run does without, by the address of their folder."""
+
+
 class LaidOut(NamedTuple):
     """Sequences laid end to end."""
 
@@ -26,17 +31,20 @@ class LaidOut(NamedTuple):
 
 
 class PreparedSplit:
-    """One split of a prepared folder, local or remote, with its order.
+    """One split of a prepared folder, local or remote, with its order; `without` some shards of the train split.
 
     Raises:
         DataError: as `localised`, `read_manifest`, `Tokenizer.load` and `TokenStore`, or the tokenizer is another.
     """
 
-    def __init__(self, address: str, split: Split, config: DataConfig, order_seed: int | None) -> None:
+    def __init__(
+        self, address: str, split: Split, config: DataConfig, order_seed: int | None, without: Collection[str] = ()
+    ) -> None:
         self.folder = folder = localised(address, config)
-        self.manifest = read_manifest(folder)
-        self.tokenizer = _tokenizer_of(folder, self.manifest)
-        self.store = TokenStore(folder, self.manifest, split)
+        manifest = read_manifest(folder, without=without)
+        self.tokenizer = _tokenizer_of(folder, manifest)
+        self.store = TokenStore(folder, manifest, split, without if split == "train" else ())
+        self.manifest = manifest.without(without)
         self._framed_when_cut = config.truncates
         self.order = SequenceOrder(
             self.store.lengths,
@@ -66,11 +74,13 @@ class MixedSplits:
         DataError: as `PreparedSplit`, or two folders were prepared with different tokenizers.
     """
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
+    def __init__(self, config: DataConfig, seed: int, without: SetAside) -> None:
         sources = config.sources
         self.mixture = Mixture([source.weight for source in sources], seed)
         # a seed of its own for each, lest two folders of one size visit their documents in the same order
-        self.splits = [PreparedSplit(s.path, "train", config, seed + i) for i, s in enumerate(sources)]
+        self.splits = [
+            PreparedSplit(s.path, "train", config, seed + i, without.get(s.path, ())) for i, s in enumerate(sources)
+        ]
         first = self.splits[0]
         for split in self.splits:
             if split.tokenizer.sha256 != first.tokenizer.sha256:

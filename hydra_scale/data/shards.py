@@ -13,7 +13,7 @@ import hashlib
 import io
 import mmap
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -177,18 +177,23 @@ class TokenStore:
     """The documents of one split of a prepared folder, numbered from 0 in shard order.
 
     Opening reads lengths.npy and checks it; a shard is mapped, hashed and its ids checked when it is first touched.
+    Documents of the shards that it does `without`, by name, have no number.
 
     Raises:
         DataError: the split is absent, or its lengths contradict the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split) -> None:
+    def __init__(self, folder: Path, manifest: Manifest, split: Split, without: Collection[str] = ()) -> None:
         self.folder = folder / split
         self.entry = split_entry(folder, manifest, split)
         self.vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self.lengths = _checked_array(self.folder, self.entry.lengths)
-        """Tokens of each document, uint32 (documents,); a memory map."""
+        """Tokens of each document, uint32 (documents,); a memory map, unless shards are left out."""
+        if without:
+            kept = [shard.name not in without for shard in self.entry.shards]
+            self.lengths = self.lengths[np.repeat(kept, [shard.documents for shard in self.entry.shards])]
+            self.entry = self.entry.without(without)
         blocks = np.array([block for shard in self.entry.shards for block in shard.blocks], np.int64)
         self._block_documents = np.concatenate([[0], np.cumsum(blocks[:, 1])])
         self._check_lengths(blocks)
@@ -203,9 +208,9 @@ class TokenStore:
         self.reading: Path | None = None
         """The shard that was last asked for tokens."""
 
-    def counts(self) -> np.ndarray:
-        """Occurrences of each token id in the split, int64 (vocab_size,)."""
-        return _checked_array(self.folder, self.entry.counts)
+    def check_shard(self, number: int) -> None:
+        """Hash a shard and check its ids; see `gather` for what is raised."""
+        self._open(self.folder / self.entry.shards[number].name, number)
 
     def verify(self, look: Callable[[int], object] = lambda number: None) -> None:
         """Hash every shard and check its ids; `look` is called in between. See `gather` for what is raised."""
@@ -337,6 +342,15 @@ class TokenStore:
             )
         if (tokens != blocks[:, 2]).any():
             raise DataError(f"{path}: the lengths contradict the blocks of the manifest; prepare the folder again")
+
+
+def token_counts(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:
+    """Occurrences of each token id in a split of a prepared folder, int64 (vocab_size,).
+
+    Raises:
+        DataError: the split is absent, or the file is not that of the manifest.
+    """
+    return _checked_array(folder / split, split_entry(folder, manifest, split).counts)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -24,6 +24,7 @@ from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joi
 from hydra_scale.training.assembly import assembled
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.guard import NumericsGuard
+from hydra_scale.training.quarantine import quarantine
 from hydra_scale.training.rewinding import Rewinds
 from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
@@ -68,11 +69,14 @@ def pretrain(config: Config, run_dir: Path, notices: StopNotices | None = None) 
 
 def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotices, watchdog: Watchdog) -> StopReason:
     on_main_rank(lambda: run.check(config))
-    data = TrainingData(config.data, config.training.seed)
-    held_out = EvaluationData(config.data, data.tokenizer)
+    broken = on_main_rank(lambda: quarantine(config.data, run))
+    data = TrainingData(config.data, config.training.seed, broken.without)
+    held_out = EvaluationData(config.data, data.tokenizer, broken.without)
     vocab_size = vocab_size_for(config, data.tokenizer.vocab_size)
     on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
     with logged_to(run.log_file, topology.is_main):
+        if config.data.quarantine:
+            on_main_rank(lambda: broken.write(run))
         edge = StepEdge(run, notices, topology)
         watchdog.meet(on_main_rank(lambda: new_board(run.watch, edge.epoch)), lambda: f"reading {data.reading}")
         initialise = partial(_initialise, config, run, topology)

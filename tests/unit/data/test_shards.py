@@ -10,7 +10,7 @@ import webdataset
 from made_up import Documents, WriteFolder, random_documents
 
 from hydra_scale.data.manifest import read_manifest
-from hydra_scale.data.shards import ShardWriter, TokenStore
+from hydra_scale.data.shards import ShardWriter, TokenStore, token_counts
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -78,7 +78,7 @@ def test_gather_returns_any_pieces_in_any_order(write_folder: WriteFolder, docum
 
 def test_counts_are_the_occurrences(write_folder: WriteFolder, documents: Documents) -> None:
     folder = write_folder(documents)
-    counts = TokenStore(folder, read_manifest(folder), "train").counts()
+    counts = token_counts(folder, read_manifest(folder), "train")
     assert counts.tolist() == np.bincount(np.concatenate(documents), minlength=261).tolist()
 
 
