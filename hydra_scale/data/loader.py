@@ -238,9 +238,7 @@ class EvaluationData:
         DataError: the folder is missing, damaged, without an eval split, or of another tokenizer.
     """
 
-    def __init__(
-        self, config: DataConfig, tokenizer: Tokenizer | None = None, without: SetAside | None = None
-    ) -> None:
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None = None, without: SetAside | None = None) -> None:
         address = config.eval or config.sources[0].path
         self._split = PreparedSplit(address, "eval", config, None, (without or {}).get(address, ()))
         self._mask_rate, folder = config.eval_mask_rate, self._split.folder

@@ -111,7 +111,6 @@ class SplitEntry(_Record):
             )
         return self
 
-
     def without(self, names: Collection[str]) -> "SplitEntry":
         """The same split without some of its shards, by name; `lengths` and `counts` stay those of all."""
         shards = tuple(shard for shard in self.shards if shard.name not in names)

@@ -17,7 +17,6 @@ from hydra_scale.data.shards import Split, TokenStore
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 
-
 SetAside = Mapping[str, Collection[str]]
 """Names of the shards that a run does without, by the address of their folder."""
 

@@ -5,12 +5,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hydra_data_prep.assemble import join, without_broken
-from hydra_data_prep.parts import part_of, parts_in, prepare_part
-from hydra_data_prep.prepare import PrepareOptions
 from ranks import run_ranks
 from runs import assert_same_run, ledger, rows, train
 
+from hydra_data_prep.assemble import join, without_broken
+from hydra_data_prep.parts import part_of, parts_in, prepare_part
+from hydra_data_prep.prepare import PrepareOptions
 from hydra_scale.config import DataConfig
 from hydra_scale.data.loader import TrainingData
 from hydra_scale.errors import CheckpointError, DataError
