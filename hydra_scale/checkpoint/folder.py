@@ -4,6 +4,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable
+from math import isfinite
 from pathlib import Path
 
 from hydra_scale.checkpoint.files import remove_folder
@@ -84,9 +85,10 @@ class CheckpointFolder:
     def retain(
         self, keep: int, every: int | None = None, losses: dict[int, float] | None = None, best: int = 0
     ) -> None:
-        """Delete all but the newest `keep`, the multiples of `every`, and the `best` ones by their step's loss."""
+        """Delete all but the newest `keep`, the multiples of `every`, and the `best` ones by their step's loss; one
+        that is no number is nobody's best."""
         steps = self.steps()
-        ranked = sorted((loss, step) for step, loss in (losses or {}).items() if step in steps)
+        ranked = sorted((loss, step) for step, loss in (losses or {}).items() if step in steps and isfinite(loss))
         stay = {*steps[-keep:], *(step for _, step in ranked[:best])}
         for step in steps:
             if step not in stay and (every is None or step % every):

@@ -86,6 +86,11 @@ def check_cover(shape: tuple[int, ...], parts: list[Rectangle]) -> str | None:
 
     Sorted by offset along the first dimension, only rectangles whose rows overlap are compared.
     """
+    for part in parts:
+        if len(part.offset) != len(shape) or len(part.size) != len(shape):
+            return f"a piece at {part.offset} of size {part.size} is of other dimensions than the tensor, {shape}"
+        if any(a < 0 or n < 0 or a + n > whole for a, n, whole in zip(part.offset, part.size, shape, strict=True)):
+            return f"a piece at {part.offset} of size {part.size} lies outside the tensor, {shape}"
     covered = sum(part.num_elements for part in parts)
     if covered != prod(shape):
         return f"its pieces hold {covered} elements, the tensor has {prod(shape)}"

@@ -22,7 +22,7 @@ def start_from(model: nn.Module, source: Path, names: set[str]) -> Path:
     the first rows; further ones keep what they have. Returns the checkpoint.
 
     Raises:
-        CheckpointError: there is none, it is damaged, or it is of a model of other shapes.
+        CheckpointError: there is none, it is damaged, its weights are not finite, or it is of a model of other shapes.
     """
     folder = _checkpoint_of(source)
     parameters = dict(model.named_parameters())
@@ -31,6 +31,10 @@ def start_from(model: nn.Module, source: Path, names: set[str]) -> Path:
         for name, parameter in parameters.items():
             placement, logical = placement_of(parameter), global_name(name, parameter)
             found = reader.tensor(f"parameter/{logical}")
+            if not torch.isfinite(found).all():
+                raise CheckpointError(
+                    f"checkpoint.init_from {folder}: {logical} holds numbers that are not finite; give an earlier one"
+                )
             if tuple(found.shape) == placement.shape:
                 parameter.copy_(placement.part_of(found))
             elif logical in _ROWS_OF_THE_VOCABULARY and tuple(found.shape[1:]) == placement.shape[1:]:
@@ -51,7 +55,9 @@ def _checkpoint_of(source: Path) -> Path:
         if folder is not None:
             return folder
     elif source.is_dir():
-        verify_files(source, read_manifest(source))
+        manifest = read_manifest(source)
+        manifest.check_whole(source)
+        verify_files(source, manifest)
         return source
     raise CheckpointError(
         f"checkpoint.init_from {source}: no checkpoint there; give a run folder or RUN/checkpoints/step-N"

@@ -3,12 +3,11 @@
 import datetime
 import re
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from hydra_scale.errors import CheckpointError, ConfigError
@@ -38,15 +37,24 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     a Composer checkpoint, whose model's state dict is taken; a prefix `model.` that all names have is removed.
 
     Raises:
-        CheckpointError: unreadable, holds objects that would run code, or is no state dict.
+        CheckpointError: unreadable, holds objects that would run code or numbers that are not finite, or is no state
+            dict.
     """
+    tensors, metadata = _read(path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
+    return tensors, metadata
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+    except Exception as error:  # a damaged pickle raises whatever its operations stumble over
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {refused[1]}, which could run code" if refused else str(error).split("\n")[0][:200]
         raise CheckpointError(

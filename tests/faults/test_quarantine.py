@@ -1,4 +1,4 @@
-"""Broken shards at the start of a run: it leaves them out by setting, alike on any number of ranks and in every start."""
+"""Broken shards at the start of a run: by setting it leaves them out, alike on all ranks and in every start."""
 
 import json
 import shutil

@@ -4,6 +4,7 @@ from itertools import pairwise
 from math import prod
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -71,3 +72,16 @@ def test_parts_of_a_divided_tensor_land_at_their_place(data: st.DataObject, dim:
             assert torch.equal(view[index], whole[place])
             seen += target.num_elements
     assert seen == end - first
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        ([((-1, 0), (2, 3)), ((1, 0), (2, 3))], "lies outside"),
+        ([((0, 0), (3, 3)), ((3, 0), (1, 3))], "lies outside"),
+        ([((0, 0), (-2, -3)), ((0, 0), (1, 0))], "lies outside"),
+        ([((0,), (6,))], "other dimensions"),
+    ],
+)
+def test_pieces_that_are_none_of_the_tensor(parts: list[tuple[tuple[int, ...], tuple[int, ...]]], problem: str) -> None:
+    assert problem in (check_cover((2, 3), [Rectangle(offset, size) for offset, size in parts]) or "")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -72,6 +73,26 @@ def test_what_does_not_fit_is_named(trained: Path, tmp_path: Path) -> None:
         start(model(256, "model.num_layers=3"), trained)
     with pytest.raises(CheckpointError, match="no checkpoint there"):
         start(model(256), tmp_path / "nothing")
+
+
+def train_to_no_number(run: Path, overrides: list[str]) -> None:
+    """The last checkpoint is saved with a weight that is none."""
+    from hydra_scale.checkpoint import save
+
+    def spoiled(tensors: dict[str, torch.Tensor], *rest: Any, **options: Any) -> None:
+        name = next(name for name in tensors if "parameter/embedding.word.weight" in name)
+        tensors[name].view(-1)[0] = float("nan")
+        save_file(tensors, *rest, **options)
+
+    save_file, save.save_file = save.save_file, spoiled
+    train(run, overrides)
+
+
+@pytest.mark.usefixtures("alone")
+def test_weights_that_are_not_finite_are_refused(corpus: Path, tmp_path: Path) -> None:
+    run_ranks(1, train_to_no_number, tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "evaluation.every=9"])
+    with pytest.raises(CheckpointError, match=r"embedding\.word\.weight holds numbers that are not finite"):
+        start(model(256), tmp_path / "run")
 
 
 @pytest.mark.parametrize(("num_ranks", "layout"), [(1, "zero.stage=1"), (2, "parallel.pipeline=2")])
