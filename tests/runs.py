@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from hydra_scale.config_file import load_config
+from hydra_scale.errors import NumericsFault
 from hydra_scale.run_folder import RunFolder
 
 NOTES = {"stopped", "slow_rank", "skipped", "transient", "skipped_batches"}
@@ -20,6 +21,15 @@ def train(run_dir: Path, overrides: list[str]) -> None:
     from hydra_scale.training.pretrain import pretrain
 
     pretrain(load_config(TINY, overrides), run_dir)
+
+
+def fault_of(run_dir: Path, overrides: list[str]) -> str:
+    """`train`; returns the fault in the numbers that ends it, empty if none does."""
+    try:
+        train(run_dir, overrides)
+    except NumericsFault as error:
+        return str(error)
+    return ""
 
 
 def before_call(function: Callable[..., Any], count: int, action: Callable[[], Any]) -> Callable[..., Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import run_ranks
-from runs import assert_same_run, ledger, notes, rows, train, weights
+from runs import assert_same_run, fault_of, ledger, notes, rows, train, weights
 from safetensors import safe_open
 
 from hydra_scale.run_folder import RunFolder
@@ -48,17 +48,6 @@ def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: 
 
     ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
     return fault_of(run, overrides)
-
-
-def fault_of(run: Path, overrides: list[str]) -> str:
-    """`train`; returns the fault in the numbers that ends it, empty if none does."""
-    from hydra_scale.errors import NumericsFault
-
-    try:
-        train(run, overrides)
-    except NumericsFault as error:
-        return str(error)
-    return ""
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from figures import Figures
 from ranks import end_ranks, run_ranks
-from runs import assert_same_run, before_call, ledger, notes, train, weights
+from runs import assert_same_run, before_call, fault_of, ledger, notes, train, weights
 
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.run_marks import RunMarks
@@ -39,7 +39,6 @@ def numbers_of(micro_batches: Any) -> set[int]:
 
 def train_on_bad_batches(run: Path, overrides: list[str], *bad: int) -> str:
     """Whoever computes a sequence of these batches gets gradients that are NaN; returns the fault that ends the run."""
-    from hydra_scale.errors import NumericsFault
     from hydra_scale.parallel.zero import ZeroOptimizer
 
     accumulate = ZeroOptimizer.accumulate
@@ -48,11 +47,7 @@ def train_on_bad_batches(run: Path, overrides: list[str], *bad: int) -> str:
         return accumulate(self, batches, float("nan") if numbers_of(batches) & {*bad} else scale)
 
     ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
-    try:
-        train(run, overrides)
-    except NumericsFault as error:
-        return str(error)
-    return ""
+    return fault_of(run, overrides)
 
 
 @pytest.mark.parametrize(
