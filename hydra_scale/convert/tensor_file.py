@@ -37,17 +37,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     a Composer checkpoint, whose model's state dict is taken; a prefix `model.` that all names have is removed.
 
     Raises:
-        CheckpointError: unreadable, holds objects that would run code or numbers that are not finite, or is no state
-            dict.
+        CheckpointError: unreadable, holds objects that would run code, or is no state dict.
     """
-    tensors, metadata = _read(path)
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path}: {name} holds numbers that are not finite; take an earlier checkpoint")
-    return tensors, metadata
-
-
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
