@@ -21,6 +21,7 @@ from hydra_scale.run_marks import RunMarks
 
 log = logging.getLogger(__name__)
 
+_SHOWN = 8  # differing settings in one error
 _MAY_CHANGE = (
     "parallel.", "zero.", "checkpoint.", "monitor.", "watchdog.", "numerics.", "evaluation.", "data.train", "data.eval",
     "data.cache", "data.skip_batches", "training.micro_batch_size", "training.steps", "training.recompute.",
@@ -161,10 +162,10 @@ class RunFolder:
         here = dict(flatten(config.model_dump()))
         changed = [key for key in here if here[key] != there.get(key) and not key.startswith(_MAY_CHANGE)]
         if changed:
-            key = changed[0]
-            more = f" (and {len(changed) - 1} more: {', '.join(changed[1:4])})" if len(changed) > 1 else ""
+            shown = ", ".join(f"{key} is {there.get(key)!r} there and {here[key]!r} here" for key in changed[:_SHOWN])
+            more = f", and {len(changed) - _SHOWN} settings more differ" if len(changed) > _SHOWN else ""
             raise CheckpointError(
-                f"{self.path}: holds another run: {key} is {there.get(key)!r} there and {here[key]!r} here{more};"
+                f"{self.path}: holds another run: {shown}{more};"
                 " choose another --run-dir, or the settings of its config.yaml to continue it"
             )
 
