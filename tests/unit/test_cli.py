@@ -136,7 +136,7 @@ def test_folders_of_other_runs(tmp_path: Path, corpus: Path) -> None:
     assert pretrain(folder, *settings).returncode == 0
     before = (folder / "metrics.jsonl").read_text()
     message = error(pretrain(folder, *settings, "model.d_model=32", "training.seed=9"), 4)
-    assert "holds another run: model.d_model is 64 there and 32 here, training.seed is 0 there and 9 here;" in message
+    assert "holds another run: model.d_model is 64 there and 32 here, training.seed is 1 there and 9 here;" in message
     assert "checkpoint.resume is never" in error(pretrain(folder, *settings, "checkpoint.resume=never"), 4)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
