@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ranks import run_ranks
@@ -15,6 +16,7 @@ from hydra_scale.config import ParallelConfig
 from hydra_scale.config_file import load_config
 from hydra_scale.errors import CheckpointError
 from hydra_scale.model.build import build_model
+from hydra_scale.parallel.placement import Placement, global_name, placement_of
 from hydra_scale.topology import joined
 
 SETTINGS = [
@@ -61,6 +63,27 @@ def test_every_weight_and_more_or_fewer_rows_of_the_vocabulary(trained: Path) ->
             common = min(len(tensor), len(filled[name]))
             assert torch.equal(filled[name][:common], tensor[:common]), name
             assert torch.equal(filled[name][common:], fresh[name][common:]), name
+
+
+def started(source: Path, num_rows: int, num_ranks: int) -> dict[str, tuple[Placement, np.ndarray]]:
+    """This rank's parameters by their global names, and where in the global tensors they belong."""
+    config = load_config(TINY, ["data.train=unused", "training.seed=9", f"parallel.tensor={num_ranks}"])
+    with joined(config.parallel) as topology:
+        there = build_model(config, num_rows, torch.device("cpu"), tensor=topology.tensor)
+        named = [(global_name(name, parameter), parameter) for name, parameter in there.named_parameters()]
+        start_from(there, source, {name for name, _ in named})
+        return {name: (placement_of(parameter), parameter.detach().numpy()) for name, parameter in named}
+
+
+@pytest.mark.parametrize("more", [-64, 0, 64])
+def test_tensor_ranks_divide_what_one_process_starts_from(trained: Path, more: int) -> None:
+    num_rows = len(weights(trained)["head.bias"]) + more
+    (whole,) = run_ranks(1, started, trained, num_rows, 1)
+    divided = run_ranks(2, started, trained, num_rows, 2)
+    assert divided[0].keys() == divided[1].keys() == whole.keys()
+    for rank in divided:
+        for name, (placement, part) in rank.items():
+            assert np.array_equal(part, placement.part_of(torch.from_numpy(whole[name][1])).numpy()), name
 
 
 @pytest.mark.usefixtures("alone")
