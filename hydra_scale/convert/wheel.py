@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from importlib.metadata import requires
+from importlib.metadata import PackageNotFoundError, requires
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -31,7 +31,7 @@ from hydra_scale.convert.card import card
 from hydra_scale.convert.exported import copy_code, read_contents, write_contents
 from hydra_scale.convert.package import EncoderPackage, Probe
 from hydra_scale.data.tokenizer import GivenTokenizer
-from hydra_scale.errors import CheckpointError, ConfigError
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
 
 _NEEDED = ("numpy", "safetensors", "sentencepiece", "torch")
 _INIT = "package_init.py"
@@ -118,10 +118,21 @@ def _copy_package_code(folder: Path) -> None:
         (folder / name).write_text(code, encoding="utf-8")
 
 
+def _own_requirements() -> list[str]:
+    """Requirements of hydra-scale, whose versions a package states as well."""
+    try:
+        return requires("hydra-scale") or []
+    except PackageNotFoundError:
+        raise EnvironmentFault(
+            "hydra-scale runs here without being installed, so the versions a wheel needs are not known; run"
+            " `pip install --editable .` where its pyproject.toml lies"
+        ) from None
+
+
 def _metadata(package: EncoderPackage, name: str, version: str) -> str:
     given = package.tokenizer is not None and package.tokenizer.kind == GivenTokenizer.kind
     names = (*_NEEDED, "tokenizers") if given else _NEEDED
-    needs = sorted(str(need) for need in map(Requirement, requires("hydra-scale") or ()) if need.name in names)
+    needs = sorted(str(need) for need in map(Requirement, _own_requirements()) if need.name in names)
     use = f"""```python
 import {name}
 

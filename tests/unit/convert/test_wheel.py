@@ -12,6 +12,7 @@ import sys
 import time
 import zipfile
 from email import message_from_bytes
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import AutoModelForMaskedLM
 from typer.testing import CliRunner
 
 from hydra_scale.cli import app
+from hydra_scale.convert import wheel
 from hydra_scale.convert.convert import Options, convert
 from hydra_scale.convert.huggingface import fill_mask
 from hydra_scale.convert.package import Probe
@@ -31,7 +33,7 @@ from hydra_scale.convert.public_hydra import read_public
 from hydra_scale.convert.run import read_run
 from hydra_scale.convert.wheel import read_wheel, write_wheel
 from hydra_scale.data.tokenizer import Tokenizer
-from hydra_scale.errors import CheckpointError, ConfigError
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
 
 TEXTS = [
     "so it is",
@@ -219,3 +221,13 @@ def test_mistakes_are_named(wheels: Path, tmp_path: Path) -> None:
         archive.writestr("other/__init__.py", "")
     with pytest.raises(CheckpointError, match=r"other.whl: holds no exported encoder"):
         convert("wheel", "public-hydra", tmp_path / "other.whl", tmp_path / "o.pt")
+
+
+def test_a_checkout_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(name: str) -> None:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(wheel, "requires", absent)
+    with pytest.raises(EnvironmentFault, match="without being installed, .* run `pip install --editable .` where"):
+        convert("public-hydra", "wheel", state_file(PUBLIC[0], tmp_path), tmp_path / "o", Options(name="a"))
+    assert not (tmp_path / "o").exists()
