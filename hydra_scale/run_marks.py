@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -59,20 +60,36 @@ class RunMarks:
         Raises:
             CheckpointError: the marker is not one that `mark_done` wrote.
         """
-        try:
-            return int(json.loads(self._done.read_text())["steps"])
-        except (FileNotFoundError, NotADirectoryError):
-            return 0
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self._done}: not a done marker: {error!r}; delete it to train on") from None
+        return self._read_done()[0]
 
-    def mark_done(self, steps: int) -> None:
-        """Note that training reached its last step: later starts and jobs of a chain end at once."""
-        write_durably(self._done, json.dumps({"steps": steps, "at": _now()}).encode())
+    def is_done(self, steps: int, skip_batches: Iterable[Iterable[int]]) -> bool:
+        """Whether the run is finished with as many steps, and without the batches that are to be skipped.
+
+        Raises:
+            CheckpointError: as `steps_done`.
+        """
+        done, skipped = self._read_done()
+        return done >= steps and all(
+            any(first <= begin and end <= last for first, last in skipped) for begin, end in skip_batches
+        )
+
+    def mark_done(self, steps: int, skipped: Iterable[tuple[int, int]] = ()) -> None:
+        """Note that training reached its last step, and which batches it left out, as intervals apart from each other:
+        later starts and jobs of a chain that want no more end at once."""
+        write_durably(self._done, json.dumps({"steps": steps, "skipped": [*skipped], "at": _now()}).encode())
 
     def unmark_done(self) -> None:
         """The run is to be trained further."""
         self._done.unlink(missing_ok=True)
+
+    def _read_done(self) -> tuple[int, list[tuple[int, int]]]:
+        try:
+            found = json.loads(self._done.read_text())
+            return int(found["steps"]), [(int(first), int(last)) for first, last in found.get("skipped", ())]
+        except (FileNotFoundError, NotADirectoryError):
+            return 0, []
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{self._done}: not a done marker: {error!r}; delete it to train on") from None
 
     def claim(self) -> Claim:
         """Take the run folder for this start; whoever held it before finds out at its next step edge."""

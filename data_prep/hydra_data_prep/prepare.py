@@ -29,7 +29,7 @@ from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
 from hydra_scale.data.manifest import DROPPED, TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
 from hydra_scale.data.shards import ShardWriter, Split, token_dtype
-from hydra_scale.data.tokenizer import SPECIAL_PIECES, BytesTokenizer, Tokenizer, normalise_text
+from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
 from hydra_scale.errors import ConfigError
 
 SourceKind = Literal[
@@ -267,10 +267,7 @@ def _write_split(
     key = split if options.part is None else f"{split}-part{options.part[0]:05d}"
     with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size) as writer:
         for texts, size in _batches(spool.documents(split)):
-            if options.source == "images" and isinstance(tokenizer, BytesTokenizer):
-                writer.add(tokenizer.encode_bytes(texts))
-            else:
-                writer.add(tokenizer.encode(texts, num_threads=options.threads))
+            writer.add(tokenizer.encode(texts, num_threads=options.threads))
             done += size
             progress(stage, min(done, total), total)
     progress(stage, total, total)

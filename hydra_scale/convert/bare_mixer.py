@@ -34,7 +34,7 @@ def read_mixer(path: Path, settings: Sequence[str] = ()) -> MixerPackage:
             raise ConfigError(f"setting {setting!r}: the shapes of a mixer tell all but {open_ones}")
     parameters, metadata = read_tensors(path)
     try:
-        told = {name: json.loads(metadata[name]) for name in _NOT_IN_SHAPES if name in metadata}
+        told = told_by(metadata)
         d_model = parameters["in_proj.weight"].shape[1]
         guess = ModelConfig(d_model=d_model, num_layers=1, mixer=infer_mixer(parameters, **told))
         given = override_model(guess, settings).mixer
@@ -64,6 +64,15 @@ def run_mixer(path: Path, package: MixerPackage, probe: Probe) -> torch.Tensor:
     else:
         back = read_mixer(path)
     return torch.nn.utils.rnn.pad_sequence(back.run(probe, "vectors"), batch_first=True)
+
+
+def told_by(metadata: dict[str, str]) -> dict[str, Any]:
+    """What a file says of its mixers beyond their shapes.
+
+    Raises:
+        ValueError: it is not JSON.
+    """
+    return {name: json.loads(metadata[name]) for name in _NOT_IN_SHAPES if name in metadata}
 
 
 def infer_mixer(parameters: dict[str, torch.Tensor], ngroups: int = 1, **settings: Any) -> MixerConfig:

@@ -7,12 +7,13 @@ differs but names. Parameters of the mixer keep their names.
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from hydra_scale.config import ModelConfig
 from hydra_scale.config_file import flatten, override_model
-from hydra_scale.convert.bare_mixer import infer_mixer
+from hydra_scale.convert.bare_mixer import infer_mixer, told_by
 from hydra_scale.convert.package import EncoderPackage, Probe
 from hydra_scale.convert.tensor_file import check_suffix, read_tensors, write_tensors
 from hydra_scale.errors import CheckpointError
@@ -75,21 +76,26 @@ def _rename(name: str, *, forward: bool) -> str:
 def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
     """A public masked language model from a `.safetensors` file or a `.pt` file (flat, or a Composer checkpoint).
 
-    The configuration follows from the shapes; `settings` (`model.norm_eps=1e-6`) say what shapes cannot. The public
-    model has one group of B and C and no MLP.
+    The configuration follows from the shapes and, of groups and the clamp of the step sizes, from the file's metadata
+    as for a bare mixer; `settings` (`model.norm_eps=1e-6`) say what neither tells. By itself the public model has one
+    group of B and C, and no MLP.
 
     Raises:
         CheckpointError: unreadable, or not the state dict of a public Hydra masked language model.
         ConfigError: a setting is unknown or does not fit.
     """
-    tensors, _ = read_tensors(path)
+    tensors, metadata = read_tensors(path)
     try:
         parameters = from_public(tensors)
-        model = override_model(_infer_config(parameters), settings)
+        given = override_model(_infer_config(parameters, **told_by(metadata)), settings).mixer
+        # once more: with other groups the same shapes tell another width of the state
+        model = override_model(_infer_config(parameters, ngroups=given.ngroups, dt_limit=given.dt_limit), settings)
     except KeyError as error:
         raise CheckpointError(f"{path}: holds no tensor {error}: not a public Hydra masked language model") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
+    except (ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: not a public Hydra masked language model: {error}") from None
     return EncoderPackage(model, parameters, tokenizer=None, origin={"public checkpoint": path.name})
 
 
@@ -116,7 +122,7 @@ def run_public(path: Path, package: EncoderPackage, probe: Probe) -> torch.Tenso
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _infer_config(parameters: dict[str, torch.Tensor]) -> ModelConfig:
+def _infer_config(parameters: dict[str, torch.Tensor], **told: Any) -> ModelConfig:
     vocab_size, d_model = parameters["embedding.word.weight"].shape
     positions = parameters.get("embedding.position.weight")
     first = "encoder.layers.0.mixer."
@@ -128,5 +134,5 @@ def _infer_config(parameters: dict[str, torch.Tensor]) -> ModelConfig:
         type_vocab_size=parameters["embedding.segment.weight"].shape[0],
         position_embedding="none" if positions is None else "learned",
         max_positions=512 if positions is None else positions.shape[0],
-        mixer=infer_mixer({n.removeprefix(first): t for n, t in parameters.items() if n.startswith(first)}),
+        mixer=infer_mixer({n.removeprefix(first): t for n, t in parameters.items() if n.startswith(first)}, **told),
     )

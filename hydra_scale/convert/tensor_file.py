@@ -34,7 +34,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors by name, on the CPU, and the metadata of a `.safetensors` file.
 
     A `.pt` file is read with weights_only: it can hold tensors and plain values, no code. It is a flat state dict, or
-    a Composer checkpoint, whose model's state dict is taken; a prefix `model.` that all names have is removed.
+    a Composer checkpoint, whose model's state dict is taken. A prefix `model.` that all names have is removed.
 
     Raises:
         CheckpointError: unreadable, holds objects that would run code, or is no state dict.
@@ -42,7 +42,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return _without_prefix(tensors), file.metadata() or {}
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its operations stumble over
@@ -58,8 +59,12 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         tensors = {}
     if not tensors:
         raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a Composer checkpoint")
+    return _without_prefix(tensors), {}
+
+
+def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix = "model." if all(name.startswith("model.") for name in tensors) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}, {}
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

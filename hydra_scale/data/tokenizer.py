@@ -198,12 +198,9 @@ class BytesTokenizer(Tokenizer):
     def __init__(self) -> None:
         self._set_vocabulary(_NUM_SPECIAL + 256, [_NUM_SPECIAL + ord(" ")])
 
-    def encode(self, texts: Sequence[str], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
-        return self.encode_bytes([text.encode() for text in texts], frame=frame)
-
-    def encode_bytes(self, documents: Sequence[bytes], *, frame: bool = True) -> list[np.ndarray]:
-        """Ids of what need not be text, as `encode`."""
-        ids = (np.frombuffer(content, np.uint8).astype(np.uint32) + _NUM_SPECIAL for content in documents)
+    def encode(self, texts: Sequence[str | bytes], *, frame: bool = True, num_threads: int = 1) -> list[np.ndarray]:
+        contents = (text.encode() if isinstance(text, str) else text for text in texts)
+        ids = (np.frombuffer(content, np.uint8).astype(np.uint32) + _NUM_SPECIAL for content in contents)
         return [_framed(body) if frame else body for body in ids]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

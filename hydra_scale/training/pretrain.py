@@ -25,7 +25,6 @@ from hydra_scale.training.assembly import assembled
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.guard import NumericsGuard
 from hydra_scale.training.quarantine import quarantine
-from hydra_scale.training.rewinding import Rewinds
 from hydra_scale.training.schedule import learning_rate
 from hydra_scale.training.step import train_step
 from hydra_scale.training.step_edge import StepEdge
@@ -52,7 +51,7 @@ def pretrain(config: Config, run_dir: Path, notices: StopNotices | None = None) 
     env = ProcessEnvironment.read()
     check_layout(config, env.world_size)
     run = RunFolder(run_dir)
-    if run.marks.steps_done() >= config.training.steps and Rewinds(run, config).are_known():
+    if run.marks.is_done(config.training.steps, config.data.skip_batches):
         run.check(config)
         log.info("%s: all %d steps are done", run.path, config.training.steps)
         return StopReason.NONE
@@ -168,5 +167,5 @@ def _loop(
             return stop
     if config.checkpoint.weights_at_end:
         on_main_rank(lambda: run.publish_weights(num_steps))
-    edge.mark_done(num_steps)
+    edge.mark_done(num_steps, skipped)
     return StopReason.NONE

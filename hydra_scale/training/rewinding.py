@@ -50,11 +50,6 @@ class Rewinds:
         self._run, self._numerics = run, config.numerics
         self._asked = config.data.skip_batches
 
-    def are_known(self) -> bool:
-        """Whether the run has already skipped what the settings ask for. Raises CheckpointError as `start`."""
-        known = self._read().batches
-        return merged((*known, *self._asked)) == known
-
     def start(self) -> tuple[Path | None, Skipped]:
         """The checkpoint to go on from and what is skipped by this start; those behind it are set aside.
 

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 
+from hydra_scale.data.skipping import Skipped
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import Topology
 from hydra_scale.training.checkpointing import on_main_rank
@@ -42,6 +43,6 @@ class StepEdge:
         """Raise RunTakenOver if a later start has taken the run folder; for the main rank, before it publishes."""
         self._marks.check_held_by(self._claim)
 
-    def mark_done(self, steps: int) -> None:
+    def mark_done(self, steps: int, skipped: Skipped) -> None:
         """Write the done marker; returns on all ranks once it is on disk."""
-        on_main_rank(lambda: self._marks.mark_done(steps))
+        on_main_rank(lambda: self._marks.mark_done(steps, skipped))

@@ -46,7 +46,10 @@ def prepare(plan: JobPlan, site: Site, config: Path, overrides: list[str], sweep
         check_memory(settings, plan, site)
         RunFolder(folder).check(settings)
     if all(_is_done(folder, settings) for folder, settings in runs.items()):
-        raise CheckpointError(f"{plan.run_dir}: the run is done; raise training.steps to train on")
+        raise CheckpointError(
+            f"{plan.run_dir}: the run is done; raise training.steps to train on, or skip other batches with"
+            " data.skip_batches"
+        )
     return Submission(plan, render(plan, site), runs)
 
 
@@ -114,7 +117,7 @@ def read_sweep(path: Path | None) -> list[list[str]]:
 
 
 def _is_done(folder: Path, settings: Config) -> bool:
-    return RunMarks(folder).steps_done() >= settings.training.steps
+    return RunMarks(folder).is_done(settings.training.steps, settings.data.skip_batches)
 
 
 def open_run(folder: Path, settings: Config) -> None:

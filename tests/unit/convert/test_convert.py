@@ -188,6 +188,49 @@ def test_settings_the_shapes_do_not_tell(tmp_path: Path) -> None:
         convert("mixer", "mixer", mixer, tmp_path / "o.pt", Options(settings=("model.d_model=3",)))
 
 
+def test_groups_that_shapes_do_not_tell(tmp_path: Path) -> None:
+    """Two groups of 4 look like one of 8; metadata tell it, or settings, and what is written says it again."""
+    state = state_dict(PUBLIC[0])
+    save_file(state, tmp_path / "plain.safetensors")
+    save_file(state, tmp_path / "told.safetensors", metadata={"ngroups": "2", "dt_limit": "[0.0, 0.01]"})
+    prefixed = {f"model.{name}": tensor for name, tensor in state.items()}
+    save_file(prefixed, tmp_path / "prefixed.safetensors", metadata={"ngroups": "2"})
+    settings = ("model.mixer.ngroups=2", "model.mixer.dt_limit=[0.0, 0.01]")
+    told, given = read_public(tmp_path / "told.safetensors"), read_public(tmp_path / "plain.safetensors", settings)
+    assert told.model == given.model
+    assert (told.model.mixer.ngroups, told.model.mixer.d_state, told.model.mixer.dt_limit) == (2, 4, (0.0, 0.01))
+    assert read_public(tmp_path / "prefixed.safetensors").model.mixer.d_state == 4
+    assert read_public(tmp_path / "plain.safetensors").model.mixer.d_state == 8
+    assert convert("public-hydra", "huggingface", tmp_path / "told.safetensors", tmp_path / "folder") < 1e-5
+    convert("public-hydra", "mixer", tmp_path / "told.safetensors", tmp_path / "mixer.safetensors", Options(layer=1))
+    assert rooms.read_mixer(tmp_path / "mixer.safetensors").mixer == told.model.mixer.model_copy(
+        update={"chunk_size": 256}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("bert.embeddings.word_embeddings.weight", torch.zeros(4)),
+        ("bert.encoder.layer.0.layer.mixer.fc_D.weight", torch.zeros(4)),
+        ("bert.encoder.layer.0.layer.mixer.fc_D.weight", torch.zeros(0, 64)),
+        ("bert.encoder.layer.0.layer.mixer.conv1d.weight", torch.zeros(96, 1, 4)),
+        ("bert.encoder.layer.0.layer.mixer.conv1d.weight", torch.zeros(96, 7)),
+        ("bert.encoder.layer.0.layer.mixer.in_proj.weight", torch.zeros(4, 0)),
+    ],
+)
+def test_shapes_of_no_model_are_named(name: str, tensor: torch.Tensor, tmp_path: Path) -> None:
+    state = state_dict(PUBLIC[0])
+    assert name in state
+    state.pop("cls.predictions.decoder.weight")
+    torch.save(state | {name: tensor}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt: not a public Hydra masked language model: "):
+        read_public(tmp_path / "odd.pt")
+    torch.save({n: t for n, t in state.items() if ".layer." not in n}, tmp_path / "odd.pt")
+    with pytest.raises(CheckpointError, match=r"odd\.pt: not a public Hydra masked language model: "):
+        read_public(tmp_path / "odd.pt")
+
+
 def test_sources_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     public = state_dict(PUBLIC[0])
     bias = "bert.encoder.layer.1.layer.norm.bias"

@@ -19,7 +19,7 @@ from hydra_launch.environment import SlurmTask, check_network, defaults, port_of
 from hydra_launch.freeze import PACKAGES, freeze_code
 from hydra_launch.script import SHAPES, fill_in, render, seconds
 from hydra_launch.site import Container, Site, load_site
-from hydra_launch.submission import read_sweep
+from hydra_launch.submission import open_run, read_sweep
 from hydra_scale.config import Config, DataConfig
 from hydra_scale.config_file import dump_config, load_config
 from hydra_scale.errors import CheckpointError, ConfigError, DistributedFault, EnvironmentFault, HydraScaleError
@@ -287,6 +287,29 @@ def test_folders_of_runs_that_are_done_or_others(tmp_path: Path) -> None:
     (run / "config.yaml").unlink()
     RunMarks(run).mark_done(20)
     assert "holds done but no config.yaml" in str(slurm(run, "training.micro_batch_size=2")[1])
+
+
+@pytest.mark.parametrize(
+    ("steps", "asked", "is_done"),
+    [(20, "", True), (21, "", False), (20, "[[3,4]]", True), (20, "[[2,5],[9,9]]", True), (20, "[[5,6]]", False)],
+)
+def test_a_done_run_goes_on_for_more_steps_or_other_batches(
+    tmp_path: Path, steps: int, asked: str, is_done: bool
+) -> None:
+    """20 steps without batches 2 to 5 and 9. As a run, and as one of an array beside one that is not done."""
+    overrides = [
+        "training.micro_batch_size=2",
+        f"training.steps={steps}",
+        *([f"data.skip_batches={asked}"] * bool(asked)),
+    ]
+    settings = load_config(TINY, overrides)
+    for folder in (tmp_path / "run", tmp_path / "runs" / "0"):
+        open_run(folder, settings)
+        RunMarks(folder).mark_done(20, ((2, 5), (9, 9)))
+    failure = slurm(tmp_path / "run", *overrides)[1]
+    assert ("the run is done; raise training.steps" in str(failure)) if is_done else failure is None
+    open_run(tmp_path / "runs" / "0", settings)  # as a submission does for each run of an array
+    assert RunMarks(tmp_path / "runs" / "0").steps_done() == (20 if is_done else 0)
 
 
 def test_without_slurm_the_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

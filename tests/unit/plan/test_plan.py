@@ -60,9 +60,9 @@ def test_parameters_are_those_of_the_model(overrides: str) -> None:
 
 
 def test_speed_of_the_measured_run() -> None:
-    """docs/performance.md: 334M on one H100, a step of 8 sequences: 100,000 tokens/s."""
+    """docs/performance.md: 334M on one H100, a step of 8 sequences: 101,100 tokens/s."""
     measured = layout(1, "training.global_batch_size=8", "training.micro_batch_size=8")
-    assert measured.step_tokens / step_seconds(measured, Cluster()) == pytest.approx(100_000, rel=0.05)
+    assert measured.step_tokens / step_seconds(measured, Cluster()) == pytest.approx(101_100, rel=0.05)
 
 
 @pytest.mark.parametrize(
