@@ -75,6 +75,9 @@ class DataConfig(Section):
     """Folder into which data given by URL is copied; absent: hydra-scale/data in the user's cache folder."""
     cache_gb: Annotated[float, Field(gt=0)] | None = None
     """10^9 bytes that the cache may hold; absent: what the disk holds."""
+    shuffle_shards: PositiveInt | None = None
+    """Shards that an epoch visits at a time, in groups drawn for it; absent: all. Of data given by URL, only the shards
+    at hand and the next group are fetched, where otherwise all are before the first step."""
     quarantine: bool = False
     """Leave out training shards that are missing, cut or altered when the run begins, the same in all its starts, as
     RUN/quarantine.json says; all shards are hashed before the first step. false: a broken shard ends the run."""
@@ -117,6 +120,12 @@ class DataConfig(Section):
                 return before + (rate - before) * max(0, step - step_before) / (at - step_before)
             step_before, before = at, rate
         return before
+
+    @model_validator(mode="after")
+    def _all_shards_for_quarantine(self) -> "DataConfig":
+        if self.quarantine and self.shuffle_shards and any("://" in source.path for source in self.sources):
+            raise ValueError("quarantine hashes all shards before the first step, shuffle_shards fetches some of a URL")
+        return self
 
     @model_validator(mode="after")
     def _rates_in_order(self) -> "DataConfig":

@@ -5,6 +5,9 @@ drawn for (seed, epoch); about 2^18 documents' worth of them after another are a
 order of keys of their own. So a document is surrounded by documents of blocks from anywhere, a folder of one window is
 shuffled uniformly, and memory holds two numbers a block and a few windows, however many documents there are.
 
+Where shards are too many to lie beside the ranks at once, they are shuffled too: an epoch visits them in groups of so
+many, drawn for (seed, epoch), and blocks and windows are shuffled inside a group.
+
 Packed, sequence i of the run is tokens [i * seqlen, (i + 1) * seqlen) of that stream: no filling, nothing dropped, and
 what a border cuts off a document starts the next sequence as a piece of its own. Unpacked, a sequence is a document,
 or the next seqlen tokens of a long one.
@@ -36,9 +39,21 @@ class Pieces(NamedTuple):
     """The sequence of the run that holds the piece; ascending."""
 
 
+class ShardGroups(NamedTuple):
+    """Shards that are shuffled among each other, some at a time."""
+
+    shard_of_block: np.ndarray
+    """int64 (blocks,), ascending."""
+    at_once: int
+
+
 class _Epoch(NamedTuple):
     blocks: np.ndarray
     """Order of visit."""
+    shards: np.ndarray
+    """Order of visit: a group is so many after another."""
+    groups: np.ndarray
+    """int64 (windows,): the group of each window."""
     first_blocks: np.ndarray
     """int64 (windows + 1,): window w is visits [first_blocks[w], first_blocks[w + 1])."""
     begins: np.ndarray
@@ -63,6 +78,7 @@ class SequenceOrder:
         truncate: of a document longer than seqlen only the first seqlen tokens are used; absent: unless packing.
         blocks: documents of each block, int64 (blocks,); absent: all are one block.
         window: documents that are shuffled among each other, about.
+        groups: shards that are visited at a time; absent: all blocks are of one.
     """
 
     def __init__(
@@ -75,6 +91,7 @@ class SequenceOrder:
         truncate: bool | None = None,
         blocks: np.ndarray | None = None,
         window: int = WINDOW_DOCUMENTS,
+        groups: ShardGroups | None = None,
     ) -> None:
         self.seqlen = seqlen
         self.packing = packing
@@ -83,6 +100,8 @@ class SequenceOrder:
         self._seed, self._window_documents = seed, window
         self._block_sizes = np.array([len(lengths)]) if blocks is None else blocks
         self._block_begins = np.cumsum(self._block_sizes) - self._block_sizes
+        one = ShardGroups(np.zeros(len(self._block_sizes), np.int64), 1)
+        self._shard_of_block, self._at_once = one if groups is None or seed is None else groups
         self._block_units = self._count_units()
         self._epoch_units = int(self._block_units.sum())
         self._epoch = lru_cache(_KEPT)(self._draw_epoch)
@@ -112,6 +131,14 @@ class SequenceOrder:
         cut = self._cut_packed if self.packing else self._cut_documents
         parts = [cut(window, *place) for window, *place in self._windows(begin, end)]
         return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+    def shards_from(self, first: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards that sequence `first` and the next ones come from, and those that are visited after them."""
+        number, inside = divmod(first * (self.seqlen if self.packing else 1), self._epoch_units)
+        epoch, at_once = self._epoch(number), self._at_once
+        group = int(epoch.groups[np.searchsorted(epoch.begins, inside, side="right") - 1])
+        here, after = (epoch.shards[place * at_once : (place + 1) * at_once] for place in (group, group + 1))
+        return here, after if len(after) else self._epoch(number + 1).shards[:at_once]
 
     def _windows(self, begin: int, end: int) -> Iterator[tuple[_Window, int, int, int]]:
         """Windows under units [begin, end) of the run, as (window, where it begins, begin and end inside it)."""
@@ -164,12 +191,16 @@ class SequenceOrder:
         return units
 
     def _draw_epoch(self, number: int) -> _Epoch:
+        shards = self._shuffled(np.arange(self._shard_of_block[-1] + 1), Stream.SHARDS, number)
+        group_of_block = (np.argsort(shards) // self._at_once)[self._shard_of_block]
         blocks = self._shuffled(np.arange(len(self._block_sizes)), Stream.BLOCKS, number)
-        sizes = self._block_sizes[blocks]
+        blocks = blocks[np.argsort(group_of_block[blocks], kind="stable")]
+        sizes, group = self._block_sizes[blocks], group_of_block[blocks]
         window = (np.cumsum(sizes) - sizes) // self._window_documents
-        first_blocks = np.append(np.flatnonzero(np.diff(window, prepend=-1)), len(blocks))
+        starts = (np.diff(window, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0)
+        first_blocks = np.append(np.flatnonzero(starts), len(blocks))
         ends = np.append(0, np.cumsum(self._block_units[blocks]))
-        return _Epoch(blocks, first_blocks, ends[first_blocks])
+        return _Epoch(blocks, shards, group[first_blocks[:-1]], first_blocks, ends[first_blocks])
 
     def _draw_window(self, number: int, window: int) -> _Window:
         epoch = self._epoch(number)

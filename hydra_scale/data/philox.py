@@ -31,6 +31,8 @@ class Stream(IntEnum):
     SPANS = 5
     """Where masked spans begin and how long they are; indices are (place // 4, sequence), the first place being that of
     the longest span before the sequence."""
+    SHARDS = 6
+    """Order of the shards, where they are shuffled some at a time; indices are (shard, epoch)."""
 
 
 def philox_words(seed: int, stream: Stream, minor: np.ndarray, major: np.ndarray, num_words: int = 4) -> np.ndarray:

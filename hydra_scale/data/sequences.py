@@ -10,9 +10,9 @@ import numpy as np
 from hydra_scale.config import DataConfig
 from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from hydra_scale.data.mixture import Mixture
-from hydra_scale.data.order import Pieces, SequenceOrder
+from hydra_scale.data.order import Pieces, SequenceOrder, ShardGroups
 from hydra_scale.data.ranges import ranges
-from hydra_scale.data.remote import localised
+from hydra_scale.data.remote import ArrivingShards, arrives, localised
 from hydra_scale.data.shards import Split, TokenStore
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
@@ -40,9 +40,17 @@ class PreparedSplit:
         self, address: str, split: Split, config: DataConfig, order_seed: int | None, without: Collection[str] = ()
     ) -> None:
         self.folder = folder = localised(address, config)
-        manifest = read_manifest(folder, without=without)
+        in_parts = arrives(address, config)
+        manifest = read_manifest(folder, files_too=not in_parts, without=without)
         self.tokenizer = _tokenizer_of(folder, manifest)
-        self.store = TokenStore(folder, manifest, split, without if split == "train" else ())
+        self._arriving = ArrivingShards(address, folder, config) if in_parts and split == "train" else None
+        self.store = TokenStore(
+            folder,
+            manifest,
+            split,
+            without if split == "train" else (),
+            wait_for=self._arriving.wait_for if self._arriving else None,
+        )
         self.manifest = manifest.without(without)
         self._framed_when_cut = config.truncates
         self.order = SequenceOrder(
@@ -52,10 +60,13 @@ class PreparedSplit:
             config.packing,
             truncate=config.truncates,
             blocks=self.store.block_sizes,
+            groups=ShardGroups(self.store.shard_of_block, config.shuffle_shards) if config.shuffle_shards else None,
         )
 
     def lay_out(self, first: int, count: int) -> LaidOut:
         """Sequences [first, first + count) of the order."""
+        if self._arriving:
+            self._expect_shards(self._arriving, first)
         pieces = self.order.pieces(first, count)
         tokens = self.store.gather(pieces.documents, pieces.starts, pieces.stops)
         if self._framed_when_cut:
@@ -63,6 +74,11 @@ class PreparedSplit:
             lost = (pieces.stops == self.order.seqlen) & (self.store.lengths[pieces.documents] > self.order.seqlen)
             tokens[np.cumsum(pieces.stops - pieces.starts)[lost] - 1] = self.tokenizer.special.sep
         return LaidOut(pieces, tokens)
+
+    def _expect_shards(self, arriving: ArrivingShards, first: int) -> None:
+        numbers = list(dict.fromkeys(np.concatenate(self.order.shards_from(first)).tolist()))
+        arriving.expect(self.store.entry.shards[number].name for number in numbers)
+        self.store.close_all_but(numbers)
 
 
 class MixedSplits:

@@ -177,14 +177,22 @@ class TokenStore:
     """The documents of one split of a prepared folder, numbered from 0 in shard order.
 
     Opening reads lengths.npy and checks it; a shard is mapped, hashed and its ids checked when it is first touched.
-    Documents of the shards that it does `without`, by name, have no number.
+    Documents of the shards that it does `without`, by name, have no number. `wait_for` is called with a shard's name
+    before it is opened, where shards are still arriving.
 
     Raises:
         DataError: the split is absent, or its lengths contradict the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, split: Split, without: Collection[str] = ()) -> None:
-        self.folder = folder / split
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        split: Split,
+        without: Collection[str] = (),
+        wait_for: Callable[[str], object] | None = None,
+    ) -> None:
+        self.folder, self._wait_for = folder / split, wait_for
         self.entry = split_entry(folder, manifest, split)
         self.vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
@@ -261,6 +269,16 @@ class TokenStore:
         """Documents of each block, int64 (blocks,)."""
         return np.diff(self._block_documents)
 
+    @property
+    def shard_of_block(self) -> np.ndarray:
+        """Number of the shard of each block, int64 (blocks,)."""
+        return np.repeat(np.arange(len(self.entry.shards)), [len(shard.blocks) for shard in self.entry.shards])
+
+    def close_all_but(self, shards: Collection[int]) -> None:
+        """Let go of the other shards, so that removing their files frees the disk; asked again, they are opened."""
+        for number in set(range(len(self._shards))) - set(shards):
+            self._shards[number] = None
+
     def _document_start(self, documents: np.ndarray) -> np.ndarray:
         """Tokens of the split before each document: kept for one in _GROUP, the rest is added up when asked."""
         group, inside = np.divmod(documents, _GROUP)
@@ -283,6 +301,8 @@ class TokenStore:
         return tokens
 
     def _open(self, path: Path, number: int) -> tuple[mmap.mmap, np.ndarray]:
+        if self._wait_for:
+            self._wait_for(path.name)
         mapping, tokens = self._mapped(path, number)
         self._check_ids(path, number, tokens)
         return mapping, tokens

@@ -6,7 +6,7 @@ from itertools import chain, pairwise
 import numpy as np
 import pytest
 
-from hydra_scale.data.order import SequenceOrder
+from hydra_scale.data.order import SequenceOrder, ShardGroups
 
 LENGTHS = np.random.default_rng(3).integers(1, 40, 57).astype(np.uint32)
 TOTAL = int(LENGTHS.sum())
@@ -164,3 +164,50 @@ def test_a_billion_documents_in_a_few_megabytes() -> None:
     assert (pieces.stops - pieces.starts).sum() == 32 * 512
     assert len(np.unique(pieces.documents // in_a_block)) > 60  # neighbours come from everywhere
     assert peak < 200 * 2**20
+
+
+SHARD_OF_BLOCK = np.array([0, 0, 1, 2, 3, 3, 3, 4])
+
+
+@pytest.mark.parametrize("window", [7, 1000])
+@pytest.mark.parametrize("packing", [True, False], ids=["packed", "unpacked"])
+def test_groups_of_shards_are_visited_one_after_another(packing: bool, window: int) -> None:
+    """In each epoch every document once; the documents of two shards at a time, in other pairs each epoch."""
+    groups = ShardGroups(SHARD_OF_BLOCK, 2)
+    order = SequenceOrder(LENGTHS, 1000, 4, packing=False, blocks=BLOCKS, window=window, groups=groups)
+    n, shard_of = len(LENGTHS), np.repeat(SHARD_OF_BLOCK, BLOCKS)
+    runs = []
+    for epoch in range(12):
+        documents = order.pieces(epoch * n, n).documents
+        assert sorted(documents) == list(range(n))
+        seen = shard_of[documents]
+        pairs = list(dict.fromkeys(frozenset(order.shards_from(epoch * n + place)[0].tolist()) for place in range(n)))
+        assert sorted(map(len, pairs)) == [1, 2, 2] and frozenset.union(*pairs) == set(range(5))
+        sizes = [np.isin(shard_of, list(pair)).sum() for pair in pairs]
+        for pair, begin, size in zip(pairs, np.cumsum(sizes) - sizes, sizes, strict=True):
+            assert set(seen[begin : begin + size]) == pair
+        runs.append(pairs)
+    assert len({tuple(pairs) for pairs in runs}) > 6
+    if packing:
+        stream = [(d, p) for d in order.pieces(0, n).documents for p in range(LENGTHS[d])]
+        packed = SequenceOrder(LENGTHS, 32, 4, packing=True, blocks=BLOCKS, window=window, groups=groups)
+        assert list(chain.from_iterable(spelled_out(packed, 0, TOTAL // 32).values())) == stream[: TOTAL // 32 * 32]
+
+
+def test_shards_told_ahead_are_those_that_are_read() -> None:
+    groups = ShardGroups(SHARD_OF_BLOCK, 2)
+    order = SequenceOrder(LENGTHS, 16, 4, packing=True, blocks=BLOCKS, groups=groups)
+    shard_of = np.repeat(SHARD_OF_BLOCK, BLOCKS)
+    for first in range(0, 6 * TOTAL // 16, 3):
+        here, after = order.shards_from(first)
+        read = set(shard_of[order.pieces(first, 2).documents].tolist())
+        assert read & set(here.tolist()) and read <= set(here.tolist()) | set(after.tolist())
+
+
+def test_one_group_of_all_shards_is_the_order_without_groups() -> None:
+    orders = [
+        SequenceOrder(LENGTHS, 16, 4, packing=True, blocks=BLOCKS, window=7, groups=groups)
+        for groups in (None, ShardGroups(SHARD_OF_BLOCK, 5))
+    ]
+    one, other = (order.pieces(0, 300) for order in orders)
+    assert all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))

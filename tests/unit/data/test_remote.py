@@ -161,6 +161,55 @@ def test_the_cache_keeps_its_size(write_folder: WriteFolder, tmp_path: Path) -> 
         localised(addresses[1], tight)
 
 
+def in_ten_shards(write_folder: WriteFolder) -> Path:
+    folder = write_folder(random_documents(400), random_documents(20, seed=1), shard_bytes=3000)
+    assert len(list((folder / "train").glob("*.tar"))) > 9
+    return folder
+
+
+def test_shards_arrive_as_the_order_comes_to_them(
+    flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    """Over two epochs the batches of the local folder; the first one fetches two groups of two shards, no more."""
+    folder = in_ten_shards(write_folder)
+    address = uploaded(folder)
+    there, here = (TrainingData(config(place, tmp_path, shuffle_shards=2), 3) for place in (address, folder))
+    everything = TrainingData(config(folder, tmp_path), 3)
+    assert not [name for name in flaky.calls if name.endswith(".tar") and "train" in name]
+    steps = 2 * 400 * 30 // (48 * 8)
+    for step in range(steps):
+        (a,), (b,) = (data.micro_batches(step, 0, 1, 8, 8) for data in (there, here))
+        assert a.input_ids.equal(b.input_ids) and a.documents.equal(b.documents)
+        if step == 0:
+            assert 1 <= len([name for name in flaky.calls if name.endswith(".tar") and "train" in name]) <= 4
+    fetched = [name for name in flaky.calls if name.endswith(".tar") and "train" in name]
+    assert len(fetched) == len(list((folder / "train").glob("*.tar"))) and set(flaky.calls.values()) == {1}
+    assert not a.documents.equal(everything.micro_batches(steps - 1, 0, 1, 8, 8)[0].documents)
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_a_cache_smaller_than_the_data(
+    failures: int, flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    """Shards that were used go, those that are needed again come back, and the limit holds after every batch."""
+    folder = in_ten_shards(write_folder)
+    address, flaky.failures = uploaded(folder), failures
+    shard = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
+    rest = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent.name != "train")
+    limit = rest + sum(path.stat().st_size for path in (folder / "train").glob("*.npy")) + 5 * shard
+    there = TrainingData(config(address, tmp_path, shuffle_shards=2, cache_gb=limit / 1e9), 3)
+    here = TrainingData(config(folder, tmp_path, shuffle_shards=2), 3)
+    for step in range(2 * 400 * 30 // (48 * 8)):
+        (a,), (b,) = (data.micro_batches(step, 0, 1, 8, 8) for data in (there, here))
+        assert a.input_ids.equal(b.input_ids)
+        held = [path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+        assert sum(held) <= limit
+    assert max(flaky.calls[name] for name in flaky.calls if name.endswith(".tar")) > 1 + failures
+    tight = config(address, tmp_path, shuffle_shards=9, cache_gb=limit / 1e9)
+    with pytest.raises(DataError, match=r"flaky://bucket: the shards in use .* data.cache_gb.*data.shuffle_shards"):
+        TrainingData(tight, 3).micro_batches(0, 0, 1, 200, 200)
+
+
 @pytest.mark.parametrize(
     ("address", "message"),
     [
