@@ -20,7 +20,7 @@ from hydra_scale.training.assembly import assembled
 
 
 def run(config: Config, topology: Topology, folder: Path, num_saves: int) -> Iterator[list[Row]]:
-    """Rows of the first save, which makes its buffers in host memory, of the others, and of loading the last.
+    """Rows of making the buffers in host memory, of saves, and of loading the last.
 
     folder: holds the checkpoints meanwhile, and is deleted. GB/s are of the file written or read.
     """
@@ -28,6 +28,8 @@ def run(config: Config, topology: Topology, folder: Path, num_saves: int) -> Ite
     stalls, saves = [], []
     try:
         with assembled(config, vocab_size, topology) as (_, optimizer), Saver(topology.accelerator.device) as saver:
+            made = _milliseconds(lambda: saver.prepare(optimizer.local_slices()), topology)
+            yield [_row("start: buffers in host memory", [made])]
             for step in range(1, num_saves + 1):
                 target = folder / f"step-{step:08d}"
                 begun = time.perf_counter()
@@ -36,7 +38,7 @@ def run(config: Config, topology: Topology, folder: Path, num_saves: int) -> Ite
                 saves.append(1e3 * (time.perf_counter() - begun))
             num_bytes = sum(file.stat().st_size for file in target.iterdir())
             for name, times in (("training stands still", stalls), ("until it is published", saves)):
-                yield [_row(f"save: {name}, first", times[:1], num_bytes), _row(f"save: {name}", times[1:], num_bytes)]
+                yield [_row(f"save: {name}, first", times[:1], num_bytes), _row(f"save: {name}", times, num_bytes)]
             loads = [_milliseconds(lambda: _load(target, optimizer), topology) for _ in range(2)]
             yield [_row("load, hashes checked", loads, num_bytes)]
             dist.barrier()  # others may still read
@@ -61,8 +63,9 @@ def _milliseconds(action: Callable[[], None], topology: Topology) -> float:
     return 1e3 * (time.perf_counter() - begun)
 
 
-def _row(name: str, times: list[float], num_bytes: int) -> Row:
+def _row(name: str, times: list[float], num_bytes: int = 0) -> Row:
     row = Row("checkpoint", name)
     row.took(Timing.of(times))
-    row.gb_per_second = num_bytes / (row.milliseconds or 1.0) / 1e6
+    if num_bytes:
+        row.gb_per_second = num_bytes / (row.milliseconds or 1.0) / 1e6
     return row

@@ -13,7 +13,7 @@ Record = tuple[str, str, tuple[int, ...], Piece]
 
 
 class Snapshot:
-    """Buffers that are made by the first copy and reused by the later ones; page-locked for slices on a GPU."""
+    """Buffers that are made once and reused by every copy; page-locked for slices on a GPU."""
 
     def __init__(self, file: str) -> None:
         """`file` is the name under which the pieces will be stored."""
@@ -21,22 +21,37 @@ class Snapshot:
         self.records: list[Record] = []
         self.file = file
 
+    def reserve(self, slices: Iterable[LocalSlice]) -> None:
+        """Make the buffers, so that the first copy need not: locking their pages takes seconds."""
+        for part in slices:
+            for name, view, target in _pieces(part):
+                key = _key(name, target)
+                self.tensors[key] = _buffer_for(view, self.tensors.get(key)).zero_()
+
     def take(self, slices: Iterable[LocalSlice]) -> None:
         """Copy the slices that are this rank's to save; returns when all of them are here."""
         previous, self.tensors, self.records = self.tensors, {}, []
         device = torch.device("cpu")
         for part in slices:
             for name, view, target in _pieces(part):
-                key = f"{name}@{'_'.join(map(str, target.offset))}"
-                host = previous.get(key)
-                if host is None or host.shape != view.shape or host.dtype != view.dtype:
-                    host = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+                key = _key(name, target)
+                host = _buffer_for(view, previous.get(key))
                 host.copy_(view, non_blocking=True)
                 device, self.tensors[key] = view.device if view.is_cuda else device, host
                 piece = Piece(file=self.file, key=key, offset=target.offset, size=target.size)
                 self.records.append((name, str(view.dtype).removeprefix("torch."), part.placement.shape, piece))
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()
+
+
+def _key(name: str, target: Rectangle) -> str:
+    return f"{name}@{'_'.join(map(str, target.offset))}"
+
+
+def _buffer_for(view: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    if buffer is None or buffer.shape != view.shape or buffer.dtype != view.dtype:
+        return torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+    return buffer
 
 
 def _pieces(part: LocalSlice) -> Iterator[tuple[str, torch.Tensor, Rectangle]]:

@@ -1,6 +1,7 @@
 """Batches for the model: order, gathering and masking put together, for training and for evaluation."""
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -92,6 +93,15 @@ class Batch:
         moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
         del moved["cu_seqlens"]
         return replace(self, **moved)
+
+
+class Prefetched(NamedTuple):
+    """A step's micro batches."""
+
+    step: int
+    batches: list[Batch]
+    waited: float
+    """Seconds between asking for them and having them."""
 
 
 def on_rank(batches: list[Batch], topology: Topology) -> list[Batch]:
@@ -213,8 +223,8 @@ class TrainingData:
         global_batch_size: int,
         micro_batch_size: int,
         skipped: Skipped = (),
-    ) -> Iterator[Iterator[tuple[int, list[Batch]]]]:
-        """Steps [first_step, last_step) as (step, micro batches), made by one thread that stays two steps ahead.
+    ) -> Iterator[Iterator[Prefetched]]:
+        """Steps [first_step, last_step), made by one thread that stays two steps ahead.
 
         An error of the thread is raised where its step is asked for. Leaving the context ends the thread.
         """
@@ -270,12 +280,12 @@ class EvaluationData:
             yield batch, mine < len(firsts)
 
 
-def _ahead(
-    thread: ThreadPoolExecutor, make: Callable[[int], list[Batch]], steps: range
-) -> Iterator[tuple[int, list[Batch]]]:
+def _ahead(thread: ThreadPoolExecutor, make: Callable[[int], list[Batch]], steps: range) -> Iterator[Prefetched]:
     pending: deque[Future[list[Batch]]] = deque(thread.submit(make, step) for step in steps[:_STEPS_AHEAD])
     for index, step in enumerate(steps):
+        asked = time.perf_counter()
         batches = pending.popleft().result()
+        waited = time.perf_counter() - asked
         if index + _STEPS_AHEAD < len(steps):
             pending.append(thread.submit(make, steps[index + _STEPS_AHEAD]))
-        yield step, batches
+        yield Prefetched(step, batches, waited)

@@ -10,6 +10,7 @@ TENSORBOARD_TAGS = {
     "lr": "optim/lr",
     "tokens": "progress/tokens",
     "tokens_per_sec": "throughput/tokens_per_sec",
+    "data_wait": "throughput/data_wait_seconds",
     "peak_memory_gib": "memory/peak_gib",
     "eval/loss": "eval/loss",
     "eval/masked_accuracy": "eval/masked_accuracy",
@@ -56,8 +57,11 @@ class MaskedLmScore:
     num_masked: int
 
 
-def step_row(step: int, tokens: int, lr: float, result: StepResult, seconds: float, peak_bytes: int) -> dict[str, Any]:
-    """The row of one training step. tokens: trained on so far; tokens_per_sec: of this step, over all ranks."""
+def step_row(
+    step: int, tokens: int, lr: float, result: StepResult, seconds: float, data_wait: float, peak_bytes: int
+) -> dict[str, Any]:
+    """The row of one training step. tokens: trained on so far; tokens_per_sec: of this step, over all ranks;
+    data_wait: seconds of the step in which the main rank waited for its batch."""
     return {
         "step": step,
         "tokens": tokens,
@@ -66,6 +70,7 @@ def step_row(step: int, tokens: int, lr: float, result: StepResult, seconds: flo
         "grad_norm": result.grad_norm,
         "lr": lr,
         "tokens_per_sec": result.num_tokens / seconds,
+        "data_wait": data_wait,
         "peak_memory_gib": peak_bytes / 2**30,
     }
 

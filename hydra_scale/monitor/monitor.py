@@ -64,16 +64,20 @@ class Monitor:
                 self._tensorboard.close()
         self._resources.close()
 
-    def step(self, step: int, tokens: int, lr: float, result: StepResult, transient: str = "") -> None:
+    def step(
+        self, step: int, tokens: int, lr: float, result: StepResult, data_wait: float, transient: str = ""
+    ) -> None:
         """Record a training step; its speed counts from the end of what was recorded before it.
 
-        `transient` says what went wrong the first time, if it had to be computed again.
+        `data_wait`: seconds that it waited for its batch. `transient` says what went wrong the first time, if it had
+        to be computed again.
         """
         if not self._topology.is_main:
             return
         now = time.perf_counter()
         seconds, self._last_time = now - self._last_time, now
-        row = step_row(step, tokens, lr, result, seconds, self._topology.accelerator.peak_memory())
+        peak = self._topology.accelerator.peak_memory()
+        row = step_row(step, tokens, lr, result, seconds, data_wait, peak)
         self._write_ledger(step)
         self._write(row)
         if transient:

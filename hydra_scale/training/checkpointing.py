@@ -68,10 +68,13 @@ class Checkpointing:
     def restore(self, parameter_names: set[str]) -> Start:
         """Load the newest whole checkpoint that has trained on nothing that is skipped, if there is any checkpoint.
 
+        The buffers of later saves are made, too.
+
         Raises:
             CheckpointError: no such one among those there, or it is of another model or other data.
         """
         folder, self._skipped = on_main_rank(self._choose)
+        self._saver.prepare(self._optimizer.local_slices())
         if folder is None:
             log.info("%s: no checkpoint yet, starting at step 0", self._run.path)
             self._optimizer.check_slices()

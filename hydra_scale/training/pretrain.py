@@ -128,7 +128,7 @@ def _loop(
     ):
         step, stop = first_step, edge.stop_reason()  # a notice may have come while all this was built
         watchdog.enter("data", first_step + 1)
-        for index, micro_batches in batches:
+        for index, micro_batches, waited in batches:
             if stop:
                 break
             step = index + 1  # the batch of index i makes optimizer step i + 1
@@ -146,7 +146,7 @@ def _loop(
             if judged.verdict == "skipped":
                 monitor.skipped(step, judged.result, judged.why)
             else:
-                monitor.step(step, tokens, lr, judged.result, judged.why)
+                monitor.step(step, tokens, lr, judged.result, waited, judged.why)
             for slow in times.after(step):
                 monitor.slow_rank(step, slow.rank, times.hosts[slow.rank], slow.speed)
             stop = edge.stop_reason()

@@ -125,5 +125,5 @@ def continue_one(run: Path, config: Any, data: Any, topology: Any, resaved: Path
     save(resaved, 2, optimizer.local_slices(), {})
     ranks = (topology.batch_rank, topology.batch_size)
     with data.prefetch(2, 5, *ranks, batch.global_batch_size, batch.micro_batch_size) as batches:
-        results = [train_step(optimizer, micro, config.optimizer.lr, topology) for index, micro in batches]
+        results = [train_step(optimizer, micro, config.optimizer.lr, topology) for _, micro, _ in batches]
     return [result.loss for result in results], [result.grad_norm for result in results]

@@ -2,6 +2,7 @@
 
 import hashlib
 import threading
+import time
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_seed_changes_order_and_masks(folder: Path) -> None:
 def test_prefetch_gives_the_same_batches(folder: Path) -> None:
     data = TrainingData(config(folder), seed=3)
     with data.prefetch(4, 11, 1, 2, GLOBAL, 3) as steps:
-        found = [(step, [pieces(batch) for batch in batches]) for step, batches in steps]
+        found = [(step, [pieces(batch) for batch in batches]) for step, batches, _ in steps]
     expected = [(step, [pieces(batch) for batch in data.micro_batches(step, 1, 2, GLOBAL, 3)]) for step in range(4, 11)]
     assert found == expected
 
@@ -158,8 +159,31 @@ def test_prefetch_passes_errors_on_and_ends_its_thread(folder: Path, monkeypatch
     monkeypatch.setattr(data, "micro_batches", fail_at_6)
     seen = []
     with pytest.raises(DataError, match="gone"), data.prefetch(0, 100, 0, 1, GLOBAL, 3) as steps:
-        seen.extend(step for step, _ in steps)
+        seen.extend(step for step, _, _ in steps)
     assert seen == [0, 1, 2, 3, 4, 5]
+
+
+def test_prefetch_tells_how_long_a_step_waited(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch of step 3 is made only when the main thread has been seen waiting for it a while."""
+    data = TrainingData(config(folder), seed=3)
+    asked = threading.Event()
+
+    def make(step: int, *args: int) -> list[Batch]:
+        if step == 3:
+            assert asked.wait(60)
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < 0.05:
+                pass
+        return []
+
+    monkeypatch.setattr(data, "micro_batches", make)
+    waited = {}
+    with data.prefetch(0, 6, 0, 1, GLOBAL, 3) as steps:
+        for step, _, seconds in steps:
+            waited[step] = seconds
+            if step == 2:
+                asked.set()
+    assert waited[3] == max(waited.values()) >= 0.04
 
 
 def test_prefetch_stays_two_steps_ahead_and_stops(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +192,7 @@ def test_prefetch_stays_two_steps_ahead_and_stops(folder: Path, monkeypatch: pyt
     monkeypatch.setattr(data, "micro_batches", lambda step, *args: made.append(step) or [])
     before = threading.active_count()
     with data.prefetch(0, 1000, 0, 1, GLOBAL, 3) as steps:
-        for step, _ in steps:
+        for step, _, _ in steps:
             assert made[-1] <= step + 2
             if step == 20:
                 break
