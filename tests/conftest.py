@@ -12,6 +12,8 @@ if not torch.cuda.is_available():
 
 from hydra_data_prep.prepare import PrepareOptions, prepare
 
+pytest_plugins = ["fault_table"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:

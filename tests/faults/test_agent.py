@@ -5,11 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from figures import Figures
 from ranks import run_ranks
 from runs import TINY, assert_same_run, rows, train
 from typer.testing import CliRunner
@@ -72,14 +74,16 @@ def test_control_c_saves_and_a_second_one_ends_at_once(corpus: Path, tmp_path: P
     assert agent.returncode == 137 and is_gone(trainer)
 
 
-def test_trainers_die_with_a_killed_agent(corpus: Path, tmp_path: Path) -> None:
+def test_trainers_die_with_a_killed_agent(corpus: Path, tmp_path: Path, figures: Figures) -> None:
     run = tmp_path / "run"
     with launched(run, 1, f"data.train={corpus}", "training.steps=100000") as agent:
         wait_for_steps(run)
         trainers = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
         assert trainers
         agent.kill()
+        killed_at = time.monotonic()
         wait_until(lambda: all(is_gone(pid) for pid in trainers), 5, "a trainer lives on")
+    figures(3, "SIGKILL of an agent", detected=[time.monotonic() - killed_at])
 
 
 def test_a_stopped_trainer_ends_the_job(corpus: Path, tmp_path: Path) -> None:
@@ -110,6 +114,28 @@ def test_a_killed_trainer_is_started_again(corpus: Path, tmp_path: Path) -> None
     assert agent.returncode == 0, errors
     assert errors.count("started again") == 1 and "continuing from" in errors
     assert_same_run(run, tmp_path / "undisturbed")
+
+
+def test_a_run_that_never_gets_on_is_given_up(corpus: Path, tmp_path: Path, figures: Figures) -> None:
+    """Every trainer is killed as soon as it is there: as many restarts as allowed, then the reason and its code."""
+    killed: list[str] = []
+    with launched(tmp_path / "run", 1, f"data.train={corpus}", "--max-restarts=2") as agent:
+        children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+
+        def has_given_up() -> bool:
+            if agent.poll() is not None:
+                return True
+            for trainer in children.read_text().split():
+                if trainer not in killed:
+                    killed.append(trainer)
+                    os.kill(int(trainer), signal.SIGKILL)
+            return False
+
+        wait_until(has_given_up, 120, "it is started again and again")
+        _, errors = agent.communicate()
+    assert agent.returncode == 137 and len(killed) == 3, errors
+    assert errors.count("started again") == 2 and "gave up: 2 restarts without a new checkpoint" in errors
+    figures(16, "killed at every start, 2 restarts allowed: given up after 2", times=len(killed))
 
 
 def test_a_layout_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:

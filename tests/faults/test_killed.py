@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from figures import Figures
 from ranks import run_ranks, run_to_death
 from runs import assert_same_run, before_call, ledger, rows, train
 
@@ -56,7 +57,7 @@ def test_one_of_two_ranks_killed(corpus: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (4, 2)])
 def test_continues_on_another_number_of_ranks(
-    corpus: Path, undisturbed: Path, tmp_path: Path, before: int, after: int
+    corpus: Path, undisturbed: Path, tmp_path: Path, figures: Figures, before: int, after: int
 ) -> None:
     run, settings = (
         tmp_path / "run",
@@ -70,6 +71,7 @@ def test_continues_on_another_number_of_ranks(
     run_ranks(1, train, tmp_path / "one", settings)
     for key in ("loss", "grad_norm"):
         assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5)
+    figures(18, f"{before} ranks to {after}: losses within 1e-5, same ledger", lost_steps=0, bit_equal=False)
 
 
 def train_and_die_on_rank_1(run_dir: Path, overrides: list[str]) -> None:

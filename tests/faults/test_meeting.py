@@ -5,19 +5,22 @@ import re
 import time
 from pathlib import Path
 
+from figures import Figures
 from ranks import end_ranks
 from runs import train
 
 
-def test_a_rank_that_never_comes_is_named(corpus: Path, tmp_path: Path) -> None:
+def test_a_rank_that_never_comes_is_named(corpus: Path, tmp_path: Path, figures: Figures) -> None:
     begin = time.monotonic()
     settings = [f"data.train={corpus}", "training.micro_batch_size=1", "watchdog.join=4"]
     assert end_ranks(4, train_told, tmp_path / "run", settings, "absent") == [6, 0, 6, 6]
-    assert time.monotonic() - begin < 30  # the imports of the first fork included
+    seconds = time.monotonic() - begin
+    assert seconds < 30  # the imports of the first fork included
     for rank in (0, 2, 3):
         said = (tmp_path / f"stderr-{rank}").read_text()
         assert "DistributedFault: 3 of 4 ranks came within 4 s (watchdog.join): missing rank 1;" in said, said
     assert not (tmp_path / "run").exists()
+    figures(32, "one of four ranks never comes, limit 4 s (the others' start included)", detected=[seconds])
 
 
 def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Path) -> None:

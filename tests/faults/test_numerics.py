@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from figures import Figures
 from ranks import run_ranks
 from runs import assert_same_run, fault_of, ledger, notes, rows, train, weights
 from safetensors import safe_open
@@ -182,7 +183,7 @@ def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:
     ],
 )
 def test_a_rank_with_other_weights_is_named(
-    corpus: Path, tmp_path: Path, num_ranks: int, layout: str, named: str
+    corpus: Path, tmp_path: Path, figures: Figures, num_ranks: int, layout: str, named: str
 ) -> None:
     """By all ranks, those of the other data groups too; the save of step 5, under way, is not published."""
     settings = [f"data.train={corpus}", *SETTINGS, "training.global_batch_size=12", "numerics.check_replicas_every=2"]
@@ -192,6 +193,7 @@ def test_a_rank_with_other_weights_is_named(
     assert "in 1 tensors, the first encoder.layers.1.norm.weight" in errors[0]
     assert "checkpoints up to step 3 are known to be good" in errors[0]
     assert RunFolder(tmp_path / "run").checkpoints.steps()[-1] < 5
+    figures(28, f"a bit flipped on one of {num_ranks} ranks, {layout}: named before the next step")
 
 
 @pytest.mark.parametrize("layout", ["zero.stage=2", "parallel.context=2", "parallel.tensor=2"])

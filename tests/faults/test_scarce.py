@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from figures import Figures
 from ranks import end_ranks, run_ranks
-from runs import TINY, assert_same_run, before_call, train
+from runs import TINY, assert_same_run, before_call, rows, train
 
 from hydra_scale.run_folder import RunFolder
 
@@ -45,9 +46,41 @@ def train_without_room(run: Path, overrides: list[str]) -> None:
     train(run, overrides)
 
 
+def test_a_writer_that_raises_is_told_at_a_step_edge(corpus: Path, tmp_path: Path, figures: Figures) -> None:
+    """Of rank 1, in step 5: all ranks end by the edge of step 6, not at the save of step 8 or at the exit."""
+    run = tmp_path / "run"
+    with pytest.raises(AssertionError, match=r"step-00000004: not published: rank 1: the writer is gone"):
+        run_ranks(2, train_with_a_broken_writer, run, [f"data.train={corpus}", *SETTINGS])
+    assert rows(run, "step")[-1] in (5, 6)
+    assert RunFolder(run).checkpoints.steps() == []
+    figures(11, f"the writer of a save raises in step 5: told at the edge of step {rows(run, 'step')[-1]:.0f}")
+
+
+def train_with_a_broken_writer(run: Path, overrides: list[str]) -> None:
+    """Rank 1's first save fails once training is in step 5, which ends after that."""
+    from hydra_scale.checkpoint import save
+    from hydra_scale.training import pretrain
+
+    in_step_5, failed = threading.Event(), threading.Event()
+
+    def fail() -> None:
+        assert in_step_5.wait(30)
+        failed.set()
+        raise RuntimeError("the writer is gone")
+
+    def wait_for_failure() -> None:
+        in_step_5.set()
+        assert failed.wait(30)
+
+    if os.environ["RANK"] == "1":
+        save.save_file = before_call(save.save_file, 1, fail)
+        pretrain.train_step = before_call(pretrain.train_step, 5, wait_for_failure)
+    train(run, overrides)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("disk", ["full", "read-only"])
-def test_a_real_disk(corpus: Path, tmp_path: Path, disk: str) -> None:
+def test_a_real_disk(corpus: Path, tmp_path: Path, figures: Figures, disk: str) -> None:
     """A file system of 4 MiB of its own: one line, no trace, and the checkpoints that fitted are whole."""
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("file systems cannot be mounted here: needs root and unshare")
@@ -66,6 +99,7 @@ def test_a_real_disk(corpus: Path, tmp_path: Path, disk: str) -> None:
     assert "Traceback" not in done.stderr and last.startswith("hydra-scale: error: "), done.stderr
     if disk == "read-only":
         assert done.returncode == 5 and "/disk/run: cannot be written: " in last and "Read-only file system" in last
+        figures(25, "read-only: refused before the first step")
         return
     assert done.returncode in (4, 5) and "No space left on device" in last, last
     checkpoints = RunFolder(kept / "run").checkpoints
@@ -98,13 +132,14 @@ def train_out_of_memory(run: Path, overrides: list[str]) -> None:
     train(run, overrides)
 
 
-def test_training_goes_on_while_the_disk_is_slow(corpus: Path, tmp_path: Path) -> None:
+def test_training_goes_on_while_the_disk_is_slow(corpus: Path, tmp_path: Path, figures: Figures) -> None:
     """The save of step 4 is not written before that of step 8 is due and says that it waits."""
     settings = [f"data.train={corpus}", *SETTINGS]
     run_ranks(1, train_on_a_slow_disk, tmp_path / "run", settings)
     assert (tmp_path / "run" / "train.log").read_text().count("step 8 waits for the save before it") == 1
     run_ranks(1, train, tmp_path / "undisturbed", settings)
     assert_same_run(tmp_path / "run", tmp_path / "undisturbed")
+    figures(26, "a save slower than its interval: training went on, one warning", lost_steps=0)
 
 
 def train_on_a_slow_disk(run: Path, overrides: list[str]) -> None:

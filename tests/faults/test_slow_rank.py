@@ -6,13 +6,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figures import Figures
 from ranks import run_ranks
 from runs import TINY, assert_same_run, train
 
 SETTINGS = ["training.steps=24", "monitor.console_every=4", "watchdog.slow_for=2", "evaluation.every=24"]
 
 
-def test_a_slow_rank_is_named_once(corpus: Path, tmp_path: Path) -> None:
+def test_a_slow_rank_is_named_once(corpus: Path, tmp_path: Path, figures: Figures) -> None:
     settings = [f"data.train={corpus}", *SETTINGS]
     run_ranks(2, train, tmp_path / "undisturbed", [*settings, "watchdog.slow_rank=0"])
     run_ranks(2, train_slowly, tmp_path / "run", settings)
@@ -21,6 +22,7 @@ def test_a_slow_rank_is_named_once(corpus: Path, tmp_path: Path) -> None:
     (slow,) = [line for line in lines if "slow_rank" in line]
     assert (slow["step"], slow["slow_rank"]) == (8, 1) and slow["speed"] < 0.7
     assert "rank 1 on " in (tmp_path / "run" / "train.log").read_text()
+    figures(14, f"a rank sleeps 0.2 s a step: named at step {slow['step']}, no false alarm", lost_steps=0)
 
 
 def test_a_slow_rank_of_a_pipeline_is_named(corpus: Path, tmp_path: Path) -> None:

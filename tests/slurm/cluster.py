@@ -47,8 +47,7 @@ class Cluster:
                 "munged", "--foreground", "--force", *(f"--{key}={munge / name}" for key, name in paths.items())
             )
             wait_until((munge / "socket").exists, 10, "munged has no socket")
-            self._start("slurmctld", "-D", "-c", "-i")
-            wait_until(lambda: "UP" in self.call("scontrol", "ping"), 20, "slurmctld is not up")
+            self._start_controller("-c", "-i")  # of no state
             for node in self._nodes:
                 self._daemons[node] = self._start("slurmd", "-D", "-c", "-N", node)
             self._wait_for_nodes()
@@ -87,6 +86,19 @@ class Cluster:
         self._daemons[node] = self._start("slurmd", "-D", "-c", "-N", node)
         self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self._wait_for_nodes()
+
+    def lose_controller(self) -> None:
+        """SIGKILL to slurmctld; jobs and their slurmd go on."""
+        self._daemons["slurmctld"].kill()
+        self._daemons["slurmctld"].wait()
+
+    def bring_back_controller(self) -> None:
+        """With the jobs that it knew."""
+        self._start_controller()
+
+    def _start_controller(self, *options: str) -> None:
+        self._daemons["slurmctld"] = self._start("slurmctld", "-D", *options)
+        wait_until(lambda: "UP" in self.call("scontrol", "ping"), 20, "slurmctld is not up")
 
     def _wait_for_nodes(self) -> None:
         idle = ("sinfo", "--noheader", "--Node", "--states=idle", "--format=%N")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster
+from figures import Figures
 from ranks import run_ranks
 from runs import TINY, assert_same_run, rows, train
 from typer.testing import CliRunner
@@ -32,6 +33,14 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks do without Slurm and without any fault."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
     run_ranks(2, train, run, [f"data.train={corpus}", *SETTINGS])
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank does without Slurm and without any fault."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    run_ranks(1, train, run, [f"data.train={corpus}", *SETTINGS])
     return run
 
 
@@ -64,13 +73,19 @@ def notes(run: Path) -> list[str]:
     return [line.partition(": ")[2] for line in (run / "launch" / "history.log").read_text().splitlines()]
 
 
+def continued_at(run: Path) -> int:
+    """Step of the checkpoint from which the last start went on; 0 if it found none."""
+    lines = (run / "train.log").read_text().splitlines()
+    return max((int(line[-8:]) for line in lines if "continuing from" in line), default=0)
+
+
 def stops(run: Path) -> list[int]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line["step"] for line in lines if "stopped" in line]
 
 
 def test_two_nodes_through_a_time_limit_and_a_preemption(
-    cluster: Cluster, site: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, site: Path, corpus: Path, undisturbed: Path, tmp_path: Path, figures: Figures
 ) -> None:
     """torchrun: USR1 to the batch shell, as before the time limit; task: requeued by Slurm, as when preempted."""
     by_script, by_slurm = tmp_path / "by the script", tmp_path / "by slurm"
@@ -90,6 +105,8 @@ def test_two_nodes_through_a_time_limit_and_a_preemption(
         assert notes(run)[-1] == "the run is done"
         assert ("requeued" in notes(run)) == (run == by_script)
         assert f"{job} COMPLETED" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+    figures(5, "real Slurm: USR1 to the batch shell", lost_steps=0)
+    figures(15, "real Slurm: scontrol requeue", lost_steps=0)
 
 
 def test_cancelled_stopped_and_hopeless_jobs_stay_away(
@@ -115,7 +132,7 @@ def test_cancelled_stopped_and_hopeless_jobs_stay_away(
 
 
 def test_a_killed_trainer_and_a_second_job_in_one_folder(
-    cluster: Cluster, site: Path, corpus: Path, undisturbed: Path, tmp_path: Path
+    cluster: Cluster, site: Path, corpus: Path, undisturbed: Path, tmp_path: Path, figures: Figures
 ) -> None:
     """The first run comes back from its last checkpoint. In the folder of the second, which would never end, a person
     submits its script again, past `launch`: the newer job takes it."""
@@ -129,6 +146,8 @@ def test_a_killed_trainer_and_a_second_job_in_one_folder(
     cluster.wait_for(older, "FAILED")
     assert "failed with code 73, which a restart does not cure: the error stands above" in notes(shared)
     assert f"taken over by job {newer[0]}, process " in (shared / "launch" / f"job-{older}.log").read_text()
+    taken, ended = ((shared / name).stat().st_mtime for name in ("epoch", f"launch/{older}.0.code"))
+    figures(34, "real Slurm: a second sbatch", detected=[ended - taken])
     at_step(len(rows(shared, "loss")) + 3, {shared: RunFolder(shared).marks.request_stop})
     cluster.wait_for(newer[0], "FAILED")
     assert rows(shared, "step") == list(range(1, stops(shared)[-1] + 1))
@@ -140,7 +159,7 @@ def test_a_killed_trainer_and_a_second_job_in_one_folder(
 
 
 @pytest.mark.faults
-def test_the_time_limit_itself(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+def test_the_time_limit_itself(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path, figures: Figures) -> None:
     """Of two minutes, Slurm's shortest that leaves time for a notice: saved, requeued once, and on from that step."""
     run, patient = tmp_path / "run", tmp_path / "patient.yaml"
     patient.write_text(site.read_text().replace("notice_seconds: 5", "notice_seconds: 60"))
@@ -154,13 +173,18 @@ def test_the_time_limit_itself(cluster: Cluster, site: Path, corpus: Path, tmp_p
     assert stops(run)[0] == step and len(stops(run)) == 2 and notes(run).count("requeued") == 1
     assert f"continuing from {RunFolder(run).checkpoints.at(step)}" in (run / "train.log").read_text()
     assert rows(run, "step") == list(range(1, stops(run)[1] + 1))
+    figures(6, "real Slurm: the time limit", lost_steps=0, bit_equal=False)
+
+
+NOTICES = (0, 0.5, 1, 3) * 3 + (2, 4, 6, 8, 10, 14, 18, 22)
+"""Seconds behind the start of the batch script: before trainers are there, while they start, and when they train."""
 
 
 @pytest.mark.faults
-def test_no_notice_is_lost(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
-    """Twelve jobs are told 0, 2, 4, ... seconds after their start, before and behind their first step: each stops,
-    saves what it has done, and comes back."""
-    runs = [tmp_path / str(number) for number in range(12)]
+@pytest.mark.timeout(600)
+def test_no_notice_is_lost(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path, figures: Figures) -> None:
+    """Twenty jobs are told, each at its time: each stops, saves what it has done, and comes back."""
+    runs = [tmp_path / str(number) for number in range(len(NOTICES))]
     waiting = {run: submit(run, corpus, site, *ENDLESS, nodes=1)[0] for run in runs}
     due: dict[Path, float] = {}
     told: set[Path] = set()
@@ -173,33 +197,56 @@ def test_no_notice_is_lost(cluster: Cluster, site: Path, corpus: Path, tmp_path:
             if "requeued" in notes(run):
                 RunFolder(run).marks.request_stop()  # makes room for those that have not yet begun
                 waiting.pop(run)
-            elif now >= due.setdefault(run, now + 2 * int(run.name)) and run not in told:
+            elif now >= due.setdefault(run, now + NOTICES[int(run.name)]) and run not in told:
                 cluster.call("scancel", "--signal=USR1", "--batch", job)
                 told.add(run)
         return not waiting
 
-    wait_until(attend, 240, "a notice was lost")
+    wait_until(attend, 500, "a notice was lost")
     for run in runs:
         assert notes(run).count("SIGUSR1: the trainers are asked to save and stop") == 1, notes(run)
         stopped = stops(run) if (run / "metrics.jsonl").exists() else []
         assert [step for step in stopped if step > 0] == RunFolder(run).checkpoints.steps(), log(run)
+    figures(7, "real Slurm: USR1 0 to 22 s after the start", times=len(runs), lost_steps=0, bit_equal=False)
 
 
-def test_a_lost_node_and_the_writer_on_it(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_job_outlives_its_controller(
+    cluster: Cluster, site: Path, corpus: Path, tmp_path: Path, figures: Figures
+) -> None:
+    """slurmctld is killed and comes back with its saved state while the job trains: nobody in the job notices."""
+    run, settings = tmp_path / "run", [f"training.steps={10 * STEPS}", "checkpoint.every=200", "evaluation.every=200"]
+    run_ranks(2, train, tmp_path / "undisturbed", [f"data.train={corpus}", *settings])
+    (job,) = submit(run, corpus, site, *settings)
+    at_step(3, {run: cluster.lose_controller})
+    try:
+        at_step(len(rows(run, "loss")) + 20, {run: lambda: None})  # it trains though nobody governs it
+    finally:
+        cluster.bring_back_controller()
+    cluster.wait_for(job, "RUNNING", seconds=5)
+    cluster.wait_for(job, "COMPLETED")
+    assert_same_run(run, tmp_path / "undisturbed")
+    assert stops(run) == [] and "continuing from" not in (run / "train.log").read_text()
+    assert notes(run)[-1] == "the run is done" and "requeued" not in notes(run)
+    figures(37, "real Slurm: SIGKILL of slurmctld", lost_steps=0)
+
+
+def test_a_lost_node_and_the_writer_on_it(
+    cluster: Cluster, site: Path, corpus: Path, alone: Path, tmp_path: Path, figures: Figures
+) -> None:
     """The trainer of the lost node stands still until the run is done elsewhere, then wakes: it must not write."""
     run = tmp_path / "run"
     (job,) = submit(run, corpus, site, nodes=1)
-    lost: list[tuple[str, int]] = []
+    lost: list[tuple[str, int, int]] = []
 
     def lose() -> None:
         node = cluster.call("squeue", "--noheader", "--format=%N", "--jobs", job).strip()
         (record,) = read_board(run / "watch" / "epoch-0001").values()
         os.kill(record.pid, signal.SIGSTOP)
-        lost.append((node, record.pid))
+        lost.append((node, record.pid, len(rows(run, "loss"))))
         cluster.lose(node)
 
     at_step(3, {run: lose})
-    ((node, pid),) = lost
+    ((node, pid, steps),) = lost
     try:
         cluster.wait_for(job, "COMPLETED")
         code = run / "launch" / f"{job}.0.code"
@@ -208,12 +255,14 @@ def test_a_lost_node_and_the_writer_on_it(cluster: Cluster, site: Path, corpus: 
         wait_until(lambda: code.exists() and code.read_text() == "73\n", 60, "the old writer has not given way")
     finally:
         cluster.bring_back(node)
-    run_ranks(1, train, tmp_path / "alone", [f"data.train={corpus}", *SETTINGS])
-    assert_same_run(run, tmp_path / "alone")
+    assert_same_run(run, alone)
     assert RunFolder(run).marks.steps_done() == STEPS
+    figures(4, "real Slurm: SIGKILL of slurmd, node down", lost_steps=steps - continued_at(run))
 
 
-def test_a_chain_and_an_array_side_by_side(cluster: Cluster, site: Path, corpus: Path, tmp_path: Path) -> None:
+def test_a_chain_and_an_array_side_by_side(
+    cluster: Cluster, site: Path, corpus: Path, alone: Path, tmp_path: Path, figures: Figures
+) -> None:
     """The chain is stopped in its first job; the array trains each line of its sweep."""
     sweep, run = tmp_path / "sweep.txt", tmp_path / "run"
     sweep.write_text("optimizer.lr=1e-3  # slow\n\noptimizer.lr=4e-3 training.seed=2\n")
@@ -225,7 +274,9 @@ def test_a_chain_and_an_array_side_by_side(cluster: Cluster, site: Path, corpus:
     cluster.wait_for(jobs[2], "COMPLETED")
     assert [cluster.state(job) for job in jobs] == ["FAILED", "COMPLETED", "COMPLETED"]
     assert "a later job of the chain continues" in notes(run) and notes(run)[-1] == "the run is done already"
-    assert len(rows(run, "loss")) == STEPS and len(stops(run)) == 1
+    assert len(stops(run)) == 1
+    assert_same_run(run, alone)
+    figures(17, "real Slurm: chain of three, USR1 in the first", lost_steps=0)
     for element, (lr, seed) in enumerate([(1e-3, 1), (4e-3, 2)]):
         cluster.wait_for(f"{array}_{element}", "COMPLETED")
         trained = tmp_path / "runs" / f"{element:04d}"

@@ -25,15 +25,17 @@ class Figures:
         *,
         times: int = 1,
         lost_steps: int | None = None,
+        bit_equal: bool = True,
         detected: Sequence[float] = (),
         resumed: Sequence[float] = (),
     ) -> None:
         """A fault that came so many `times`.
 
-        lost_steps: the most that were computed twice until the run was bit-equal to an undisturbed one; None if that
-        was not asked. detected, resumed: seconds until all ranks had ended, and until the first new step was done.
+        lost_steps: the most that were computed twice; None if that was not asked. bit_equal: whether the run was then
+        compared with an undisturbed one. detected, resumed: seconds until all ranks had ended, and until the first new
+        step was done.
         """
-        equal = ["", ""] if lost_steps is None else [str(lost_steps), "yes"]
+        equal = ["", ""] if lost_steps is None else [str(lost_steps), "yes" if bit_equal else ""]
         cells = [str(row), fault, str(times), *equal, _middle_and_worst(detected), _middle_and_worst(resumed)]
         self._rows.append((row, _line(cells)))
 

@@ -1,0 +1,102 @@
+"""What others change while a run stands or trains: its shard, the times of its files."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from figures import Figures
+from ranks import run_ranks
+from runs import assert_same_run, before_call, rows, train
+
+from hydra_scale.run_folder import RunFolder
+
+STEPS = 12
+SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=9", "evaluation.every=12",
+            "training.micro_batch_size=8"]  # fmt: skip
+
+
+@pytest.fixture
+def shard(prose: Path, tmp_path: Path) -> Path:
+    """The one shard of a prepared folder that a test may spoil."""
+    from hydra_data_prep.prepare import PrepareOptions, prepare
+
+    output = tmp_path / "corpus"
+    prepare(PrepareOptions(source="text", input=(prose,), output=output, tokenizer="bytes", eval_fraction=0.1))
+    (found,) = (output / "train").glob("shard-*.tar")
+    return found
+
+
+def test_a_shard_that_shrinks_ends_the_run(shard: Path, tmp_path: Path, figures: Figures) -> None:
+    """By name, with the batches made before it trained on and none short; two are made ahead."""
+    settings = [f"data.train={shard.parents[1]}", *SETTINGS]
+    with pytest.raises(AssertionError, match=rf"DataError: .*{shard.name}: 512 bytes while it is being read, the man"):
+        run_ranks(1, train_while, tmp_path / "run", settings, "cut", shard)
+    assert rows(tmp_path / "run", "step") == [1, 2, 3, 4, 5]
+    figures(23, "a shard cut in mid-run: named, no short batch")
+
+
+def test_a_shard_that_is_deleted_is_read_to_the_end(shard: Path, tmp_path: Path, figures: Figures) -> None:
+    """It is open; the next start names it."""
+    run, settings = tmp_path / "run", [f"data.train={shard.parents[1]}", *SETTINGS]
+    run_ranks(1, train, tmp_path / "undisturbed", settings)
+    run_ranks(1, train_while, run, settings, "deleted", shard)
+    assert_same_run(run, tmp_path / "undisturbed")
+    figures(23, "an open shard deleted in mid-run", lost_steps=0)
+    (run / "done").unlink()
+    with pytest.raises(AssertionError, match=rf"DataError: .*{shard.name}: missing"):
+        run_ranks(1, train, run, settings)
+
+
+def train_while(run: Path, overrides: list[str], change: str, shard: Path) -> None:
+    """`train`; the shard is cut or deleted before the batch of step 6 is made."""
+    from hydra_scale.data import loader
+
+    changes: dict[str, Callable[[], object]] = {"cut": lambda: os.truncate(shard, 512), "deleted": shard.unlink}
+    loader._Batches.__call__ = before_call(loader._Batches.__call__, 6, changes[change])  # type: ignore[method-assign]
+    train(run, overrides)
+
+
+def test_the_newest_is_told_by_its_step_and_never_by_time(corpus: Path, tmp_path: Path, figures: Figures) -> None:
+    """As after a clock that was wrong: files of the older checkpoint an hour ahead, those of the newer an hour back."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
+    run_ranks(1, train, tmp_path / "undisturbed", settings)
+    with pytest.raises(AssertionError, match="the machine is gone"):
+        run_ranks(1, train_to_step_10, run, settings)
+    checkpoints = RunFolder(run).checkpoints
+    for step, hours in ((4, 1), (8, -1)):
+        folder = checkpoints.at(step)
+        for path in (*folder.iterdir(), folder):
+            changed = path.stat().st_mtime + 3600 * hours
+            os.utime(path, (changed, changed))
+    assert run_ranks(1, train_and_count, run, settings) == [STEPS - 8]
+    assert_same_run(run, tmp_path / "undisturbed")
+    figures(33, "times of checkpoints an hour off, either way", lost_steps=1)
+
+
+def train_and_count(run: Path, overrides: list[str]) -> int:
+    """`train`; returns how many steps it took."""
+    from hydra_scale.training import pretrain
+
+    step_of, count = pretrain.train_step, 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return step_of(*args)
+
+    pretrain.train_step = counted
+    train(run, overrides)
+    return count
+
+
+def train_to_step_10(run: Path, overrides: list[str]) -> None:
+    """Step 9 is done, the save of step 8 too."""
+    from hydra_scale.training import pretrain
+
+    def fail() -> None:
+        raise RuntimeError("the machine is gone")
+
+    pretrain.train_step = before_call(pretrain.train_step, 10, fail)
+    train(run, [*overrides, "checkpoint.asynchronous=false"])
