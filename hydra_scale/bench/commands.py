@@ -171,7 +171,10 @@ def profile(
         list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
     ] = None,
 ) -> None:
-    """Where the time of a mixer's forward and backward pass, or of a training step, goes, kernel by kernel."""
+    """Where the time of a mixer's forward and backward pass, or of a training step, goes, kernel by kernel.
+
+    Under torchrun a step is that of all processes, in the layout of the settings; the main rank's kernels are shown.
+    """
     from rich.console import Console
 
     from hydra_scale.bench.instrument import instrument_for
@@ -182,7 +185,7 @@ def profile(
     from hydra_scale.topology import joined
 
     settings = None if config is None else load_config(config, overrides or [])
-    with joined(ParallelConfig()) as topology:
+    with joined(settings.parallel if settings else ParallelConfig()) as topology:
         place = topology.accelerator.device
         chosen = (
             mixer_run(width, tokens, seqlen, place)
@@ -193,6 +196,8 @@ def profile(
             rows = profile_runs(what, run, place, instrument_for(place))
         precision = "bf16" if settings is None else settings.training.precision
         origin = on_this_machine(place, topology.accelerator.name, precision)
+    if not topology.is_main:
+        return
     rows = [replace(row, **origin) for row in rows]
     print_table(rows[:longest], Console(width=None if sys.stdout.isatty() else 140))
     write_csv(rows, output / "profile.csv")

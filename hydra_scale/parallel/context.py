@@ -36,7 +36,10 @@ def _transfer(context: Context, sends: list[_Message], receives: list[_Message])
 def swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What the left neighbour sent to the right and the right one to the left; zeros beyond the ends. One shape."""
     to_left, to_right = to_left.contiguous(), to_right.contiguous()
-    from_left, from_right = torch.zeros_like(to_right), torch.zeros_like(to_left)
+    from_left, from_right = (
+        torch.zeros_like(like) if context.neighbour(step) is None else torch.empty_like(like)
+        for step, like in ((-1, to_right), (1, to_left))
+    )
     _transfer(context, [(-1, to_left), (1, to_right)], [(-1, from_left), (1, from_right)])
     return from_left, from_right
 
@@ -53,7 +56,7 @@ class _Halo(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         width = ctx.width
         from_left, from_right = swap(ctx.context, grad[:width], grad[-width:])
-        grad_x = grad[width:-width].clone()
+        grad_x = grad[width:-width]  # in place: the rows with a halo go into one product, whose own this gradient is
         grad_x[:width] += from_left
         grad_x[-width:] += from_right
         return grad_x, None, None
@@ -118,11 +121,10 @@ class StateExchange:
 
     def state_gradients(self, own_2HPN: torch.Tensor, decay_2H: torch.Tensor) -> torch.Tensor:
         """Of the states that leave here: the chain the other way round."""
-        own, decay = own_2HPN.flip(0), decay_2H.flip(0)
         if self._context.exchange == "gather":
-            nothing = own.new_empty(0)
-            return _chain_by_gather(own, decay, nothing, nothing, self._context)[0].flip(0)
-        return _chain_by_neighbours(own, decay, self._context).flip(0)
+            nothing = own_2HPN.new_empty(0)
+            return _chain_by_gather(own_2HPN, decay_2H, nothing, nothing, self._context, leftwards=0)[0]
+        return _chain_by_neighbours(own_2HPN.flip(0), decay_2H.flip(0), self._context).flip(0)
 
     def readout_gradients(self, grad_2GN: torch.Tensor) -> torch.Tensor:
         """Of the vectors that were given to the neighbours."""
@@ -141,8 +143,14 @@ def _chain(
 
 
 def _chain_by_gather(
-    own: torch.Tensor, decay: torch.Tensor, to_left: torch.Tensor, to_right: torch.Tensor, context: Context
+    own: torch.Tensor,
+    decay: torch.Tensor,
+    to_left: torch.Tensor,
+    to_right: torch.Tensor,
+    context: Context,
+    leftwards: int = 1,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    """As `_chain`; `leftwards` is the one of the two that goes against the ranks."""
     parts = (own, decay, to_left, to_right)
     message = torch.cat([part.flatten().to(own.dtype) for part in parts])
     gathered = message.new_empty(context.size, message.numel())
@@ -152,10 +160,13 @@ def _chain_by_gather(
         for row in gathered
     ]
     entering = torch.zeros_like(own)
-    for direction, ranks in enumerate((range(context.rank), range(context.size - 1, context.rank, -1))):
+    before, behind = range(context.rank), range(context.size - 1, context.rank, -1)
+    for direction in range(2):
+        ranks = behind if direction == leftwards else before
         for rank in ranks:
             added, factor = of_rank[rank][0][direction], of_rank[rank][1][direction]
-            entering[direction] = added + factor[:, None, None] * entering[direction]
+            passing = added if rank == ranks[0] else torch.addcmul(added, factor[:, None, None], entering[direction])
+            entering[direction] = passing
     left = of_rank[context.rank - 1][3] if context.rank else torch.zeros_like(to_right)
     right = of_rank[context.rank + 1][2] if context.rank + 1 < context.size else torch.zeros_like(to_left)
     return entering, (left.to(to_right.dtype), right.to(to_left.dtype))

@@ -36,7 +36,9 @@ def within_kernel(
     live = token < end
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
-    left_known, right_known, left_given, right_given = neighbours(token, start, stop, live, num_tokens, ALIGNED)
+    left_known, right_known, left_given, right_given = neighbours(
+        token, start, stop, live, num_tokens, ALIGNED, HAS_READOUT
+    )
     outside = group.to(tl.int64) * N
     if HAS_READOUT and ALIGNED:
         outside += tl.load(chunk_document + chunk).to(tl.int64) * num_groups * N
@@ -128,7 +130,9 @@ def across_kernel(
     stop = tl.load(doc_end + token, mask=live, other=0)
     source = token + tl.where(ascending, -1, 1)
     in_document = live & (source >= start) & (source < stop)
-    known = in_document & (source >= 0) & (source < num_tokens)
+    known = in_document
+    if HAS_READOUT:  # else C has rows where documents go on
+        known = in_document & (source >= 0) & (source < num_tokens)
     given = ~known & (live if ALIGNED else in_document)
     last = tl.where(ascending, end - 1, first)
     last_start, last_stop = tl.load(doc_start + last), tl.load(doc_end + last)

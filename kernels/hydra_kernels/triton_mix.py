@@ -137,10 +137,16 @@ def _mix_inputs(
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
     borders, starts, ends = documents
     conv_TC = conv_forward(conv_in_TC, weights.conv_weight, weights.conv_bias, starts, ends)
-    own_TC = conv_TC
+    own_TC, beside_2GN = conv_TC, None
     if outside is not None:
         own_TC, dt_TH = outside.own(conv_TC), outside.own(dt_TH)
         starts, ends = outside.starts_T, outside.ends_T
+        if outside.halo > 0:
+            before_VGN, behind_VGN = (
+                conv_TC[row, shape.d_inner :].unflatten(0, (4, shape.ngroups, shape.d_state))
+                for row in (outside.halo - 1, len(conv_TC) - outside.halo)
+            )
+            beside_2GN = before_VGN[1], behind_VGN[3]  # of B and C forward, B and C backward
     x_TI = own_TC[:, : shape.d_inner]
     readers = own_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
     initial, learnt = None, weights.init_states
@@ -162,6 +168,7 @@ def _mix_inputs(
         initial_2SHPN=initial,
         readout_2SGN=None,
         chunk_size=shape.chunk_size,
+        beside_2GN=beside_2GN,
     )
 
 

@@ -27,14 +27,16 @@ def load_readers(
 
 
 @triton.jit
-def neighbours(token, start, stop, live, num_tokens, ALIGNED: tl.constexpr):
+def neighbours(token, start, stop, live, num_tokens, ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr):
     """Which tokens have a left and a right neighbour here, and which read with a vector that is given instead.
 
     ALIGNED: the first and last of every document. Else those whose document goes on before the first token (start < 0)
-    or behind the last (stop > num_tokens).
+    or behind the last (stop > num_tokens); if no vector is given, C has rows there.
     """
     left, right = live & (token > start), live & (token + 1 < stop)
-    left_known, right_known = left & (token > 0), right & (token + 1 < num_tokens)
+    left_known, right_known = left, right
+    if HAS_READOUT:
+        left_known, right_known = left & (token > 0), right & (token + 1 < num_tokens)
     if ALIGNED:
         left, right = live, live
     return left_known, right_known, left & ~left_known, right & ~right_known
@@ -70,7 +72,9 @@ def apply_kernel(
     live = token < end
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
-    left_known, right_known, left_given, right_given = neighbours(token, start, stop, live, num_tokens, ALIGNED)
+    left_known, right_known, left_given, right_given = neighbours(
+        token, start, stop, live, num_tokens, ALIGNED, HAS_READOUT
+    )
     num_groups = num_heads // heads_per_group
     outside = group.to(tl.int64) * N
     if HAS_READOUT and ALIGNED:

@@ -76,6 +76,17 @@ class ScanInputs(NamedTuple):
     initial_2SHPN: torch.Tensor | None
     readout_2SGN: torch.Tensor | None
     chunk_size: int
+    beside_2GN: tuple[torch.Tensor, torch.Tensor] | None = None
+    """Rows of C's memory before its first token, forward, and behind its last, backward, for what an exchange brings:
+    documents that go on elsewhere are read there. Absent: they are read through `readout_2SGN`, which is slower."""
+
+    def with_readout(self, entered: Entered) -> "ScanInputs":
+        """The same once the vectors of the tokens beside these have come."""
+        if self.beside_2GN is None:
+            return self._replace(readout_2SGN=entered.readout_2GN[:, None].contiguous())
+        for row_GN, came_GN in zip(self.beside_2GN, entered.readout_2GN, strict=True):
+            row_GN.copy_(came_GN)
+        return self
 
 
 class _Chunks(NamedTuple):
@@ -261,7 +272,7 @@ def scan_forward(
         readout = torch.stack((inputs.C_2TGN[0, -1], inputs.C_2TGN[1, 0])).float()
         entered = Entered(*exchange.states(own, decay, readout))
         states, *_ = _pass(swept, entered.states_2HPN)
-        inputs = inputs._replace(readout_2SGN=entered.readout_2GN[:, None].contiguous())
+        inputs = inputs.with_readout(entered)
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     _apply(inputs, chunks, dt, cumulative, x_THP, states, y_THP, None, chosen.output)
     return y_THP, _edges(swept, states, chunks), entered
@@ -295,7 +306,7 @@ def scan_backward(
     chunks = _chunks(inputs, chosen.backward_chunk)
     dt, cumulative = _steps(inputs, chunks)
     if entered is not None:
-        inputs = inputs._replace(readout_2SGN=entered.readout_2GN[:, None].contiguous())
+        inputs = inputs.with_readout(entered)
     swept = _sweep(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
     states, *_ = _pass(swept, None if entered is None else entered.states_2HPN)
     swept_back = _sweep(inputs, chunks, dt, cumulative, grad_y_THP, grad_final_2SHPN, gradient=True)
@@ -349,7 +360,7 @@ def scan_backward(
         PARTS=2 * num_parts, WIDTH=width, COLUMNS=columns, Q=64,
     )  # fmt: skip
     grad_readout = None
-    if inputs.readout_2SGN is not None:
+    if inputs.readout_2SGN is not None or exchange is not None:
         if inputs.borders is None:
             reading = torch.stack((parts[:, :, :1], parts[:, :, -1:]), 2)
         else:

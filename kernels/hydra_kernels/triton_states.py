@@ -81,7 +81,9 @@ def sweep_kernel(
             stop = tl.load(doc_end + token, mask=live, other=0)
             source = token + tl.where(direction == 0, -1, 1)
             in_document = live & (source >= start) & (source < stop)
-            known = in_document & (source >= 0) & (source < num_tokens)
+            known = in_document
+            if HAS_READOUT:  # else C has rows where documents go on
+                known = in_document & (source >= 0) & (source < num_tokens)
             log_weight = tl.load(cumulative + source, mask=known & (source >= first) & (source < end), other=0.0)
             reads = live & (tl.where(direction == 0, start < first, stop > end) | ALIGNED)
             weight = tl.where(reads, tl.exp2(log_weight), 0.0)
