@@ -7,11 +7,12 @@ what is asked of it at its start: an upload that fails is a warning, the checkpo
 import logging
 import re
 import shutil
+import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, NamedTuple
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
@@ -26,6 +27,16 @@ _WAIT = wait_exponential_jitter(initial=1, max=30)
 _NAME = re.compile(r"step-(\d{8})")
 
 
+class _Pending(NamedTuple):
+    """What the thread has to do for a checkpoint."""
+
+    step: int
+    task: str
+    """upload or deletion."""
+    work: Callable[[], str | None]
+    """What went wrong, or None."""
+
+
 class RemoteCheckpoints:
     """URL/step-00001000 and the like. One process of a job uses it."""
 
@@ -37,8 +48,12 @@ class RemoteCheckpoints:
         """
         self._address, self._keep = address, keep
         self._files, self._root = file_system(address, ConfigError)
-        self._thread = ThreadPoolExecutor(1, "upload")
-        self._uploads: list[Future[str | None]] = []
+        self._queue: SimpleQueue[_Pending | None] = SimpleQueue()
+        self._pending: list[_Pending] = []  # in their order; begun by the caller, taken out by the thread
+        self._problems: SimpleQueue[str] = SimpleQueue()
+        # a daemon: a store that never answers must not keep the process, as a pool's thread does at its exit
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self._thread.start()
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are visible there, oldest first.
@@ -53,24 +68,41 @@ class RemoteCheckpoints:
 
     def begin(self, folder: Path) -> None:
         """Upload a published checkpoint, after those begun before it."""
-        self._uploads.append(self._thread.submit(self._told, folder))
+        step = int(folder.name.removeprefix("step-"))
+        self._enqueue(_Pending(step, "upload", partial(self._told, folder)))
 
     def withdraw(self, step: int) -> None:
         """Delete the checkpoint of a step there: the run went back behind it."""
-        self._uploads.append(self._thread.submit(self._withdrawn, f"step-{step:08d}"))
+        self._enqueue(_Pending(step, "deletion", partial(self._withdrawn, f"step-{step:08d}")))
 
     def tell(self) -> None:
         """Log the failures of uploads that have ended since the last call."""
-        ended = [upload for upload in self._uploads if upload.done() and not upload.cancelled()]
-        self._uploads = [upload for upload in self._uploads if upload not in ended]
-        for upload in ended:
-            if problem := upload.result():
-                log.warning("%s", problem)
+        while not self._problems.empty():
+            log.warning("%s", self._problems.get())
 
-    def close(self, *, wait: bool) -> None:
-        """End the thread, with `wait` after all uploads; otherwise after the one under way."""
-        self._thread.shutdown(cancel_futures=not wait)
+    def close(self, wait: float) -> None:
+        """End the thread after all that was begun, at most `wait` seconds from now; with 0 at once.
+
+        What is not done by then is left, and named by step in one warning.
+        """
+        self._queue.put(None)
+        self._thread.join(wait)
         self.tell()
+        if left := list(self._pending):
+            steps = ", ".join(f"{each.task} of step {each.step}" for each in left)
+            log.warning(
+                "%s: not finished after %g s: %s; the next start uploads the newest again", self._address, wait, steps
+            )
+
+    def _enqueue(self, pending: _Pending) -> None:
+        self._pending.append(pending)
+        self._queue.put(pending)
+
+    def _work(self) -> None:
+        while (pending := self._queue.get()) is not None:
+            if problem := pending.work():
+                self._problems.put(problem)
+            self._pending.remove(pending)
 
     def fetch_newest(self, target: CheckpointFolder) -> Path | None:
         """Copy the newest whole checkpoint from there into `target`; None if none is visible there.

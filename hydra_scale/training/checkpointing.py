@@ -63,7 +63,7 @@ class Checkpointing:
                 log.warning("%s", failure)
         self._saver.__exit__(kind, error, trace)
         if self._remote is not None:
-            self._remote.close(wait=error is None)
+            self._remote.close(self._config.upload_wait if error is None else 0)
 
     def restore(self, parameter_names: set[str]) -> Start:
         """Load the newest whole checkpoint that has trained on nothing that is skipped, if there is any checkpoint.

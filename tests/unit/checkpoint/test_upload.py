@@ -1,8 +1,10 @@
 """Checkpoints behind a URL: whole or not visible, failures told, retention there, and runs that continue from there."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import fsspec
@@ -48,7 +50,7 @@ def uploaded(folder: CheckpointFolder, *steps: int, keep: int | None = None) -> 
     remote = RemoteCheckpoints(URL, keep)
     for step in steps:
         remote.begin(folder.at(step))
-    remote.close(wait=True)
+    remote.close(60)
     return remote
 
 
@@ -88,6 +90,39 @@ def test_cut_short_at_any_file_it_is_not_visible(
     assert uploaded(folder, 2).steps() == [1]
     assert count == failing - 1 + upload.ATTEMPTS
     assert "step-00000002 is not at memory://bucket/run: OSError('connection reset'); it stays whole" in caplog.text
+
+
+@pytest.mark.parametrize("wait", [0, 0.2])
+def test_a_store_that_never_answers_does_not_hold_up_the_end(
+    store: Any,
+    folder: CheckpointFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wait: float,
+) -> None:
+    """What is left is named by step; the thread would end with the process."""
+    put, answers, asked = type(store).put_file, Event(), Event()
+
+    def put_late(self: Any, source: str, target: str, **options: Any) -> Any:
+        asked.set()
+        assert answers.wait(60)
+        return put(self, source, target, **options)
+
+    uploaded(folder, 1)
+    monkeypatch.setattr(type(store), "put_file", put_late)
+    remote = RemoteCheckpoints(URL, 1)
+    for step in (2, 3):
+        remote.begin(folder.at(step))
+    assert asked.wait(60)
+    begun = time.monotonic()
+    remote.close(wait)
+    assert wait <= time.monotonic() - begun < wait + 5
+    assert remote.steps() == [1]
+    assert f"{URL}: not finished after {wait:g} s: upload of step 2, upload of step 3;" in caplog.text
+    assert remote._thread.daemon
+    answers.set()
+    remote._thread.join(60)
+    assert remote.steps() == [3]
 
 
 def test_a_failure_that_passes_is_tried_again(
