@@ -155,7 +155,8 @@ class ArrivingShards:
         here = [path.parent / _TRAIN for path in self._cache.glob(f"*/{_ARRIVING}")]
         others = [path for folder in here for path in folder.glob("*.tar") if path not in in_use]
         others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        size = _size(self._cache) + sum(self._coming.values())
+        coming = sum(list(self._coming.values()))  # first: what arrives meanwhile is counted twice, not missed
+        size = coming + _size(self._cache)
         while size + needed > 1e9 * self._limit_gb:
             if not others:
                 raise DataError(
