@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -244,7 +245,11 @@ def _make_room(cache: Path, folder: Path, missing: list[tuple[str, FileEntry]], 
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # what has just arrived takes its name meanwhile
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def _user_cache() -> Path:
