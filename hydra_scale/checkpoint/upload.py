@@ -63,7 +63,7 @@ class RemoteCheckpoints:
         """
         try:
             return self._steps()
-        except OSError as error:
+        except Exception as error:  # stores raise classes of their own
             raise EnvironmentFault(f"{self._address}: cannot be listed after {ATTEMPTS} attempts: {error}") from None
 
     def begin(self, folder: Path) -> None:
@@ -121,7 +121,7 @@ class RemoteCheckpoints:
                 problems.append(str(error))
                 log.warning("damaged checkpoint passed over: %s", error)
                 continue
-            except OSError as error:
+            except Exception as error:
                 raise EnvironmentFault(f"{self._address}/{final.name}: cannot be fetched: {error}; try again") from None
             publish(aside, final)
             log.info("%s: fetched from %s", final, self._address)

@@ -32,7 +32,7 @@ class CheckpointConfig(Section):
     """URL (s3://bucket/run, gs://, file://) to which finished checkpoints are copied while training goes on."""
     upload_keep: PositiveInt | None = None
     """Newest checkpoints that stay at the URL; absent: all."""
-    upload_wait: Annotated[float, Field(ge=0)] = 600.0
+    upload_wait: Annotated[float, Field(ge=0, le=1e6)] = 600.0
     """Seconds that the end of a run waits for its uploads; what is left then is told by step. A run that ends by an
     error does not wait."""
     fetch: bool = False

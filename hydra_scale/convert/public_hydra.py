@@ -4,6 +4,7 @@ Tensors have the same layout in both: the tied output matrix appears twice there
 differs but names. Parameters of the mixer keep their names.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,6 +37,9 @@ _FIXED = (
     "mixer.bias", "mixer.conv_bias",
 )  # fmt: skip
 """Settings that the public model cannot change; their values are the defaults of ModelConfig."""
+
+_STATED = (("hidden_act", "gelu"), ("matrix_mixer_type", "hydra"))
+"""Of the public configuration, what this system has one of."""
 
 
 def from_public(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -77,8 +81,9 @@ def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
     """A public masked language model from a `.safetensors` file or a `.pt` file (flat, or a Composer checkpoint).
 
     The configuration follows from the shapes and, of groups and the clamp of the step sizes, from the file's metadata
-    as for a bare mixer; `settings` (`model.norm_eps=1e-6`) say what neither tells. By itself the public model has one
-    group of B and C, and no MLP.
+    as for a bare mixer; if that holds the public configuration (`config`, JSON), also its epsilon.
+    `settings` (`model.norm_eps=1e-6`) say what neither tells. By itself the public model has one group of B and C, and
+    no MLP.
 
     Raises:
         CheckpointError: unreadable, or not the state dict of a public Hydra masked language model.
@@ -87,9 +92,11 @@ def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
     tensors, metadata = read_tensors(path)
     try:
         parameters = from_public(tensors)
-        given = override_model(_infer_config(parameters, **told_by(metadata)), settings).mixer
+        stated = _stated(metadata)
+        given = override_model(_infer_config(parameters, stated, **told_by(metadata)), settings).mixer
         # once more: with other groups the same shapes tell another width of the state
-        model = override_model(_infer_config(parameters, ngroups=given.ngroups, dt_limit=given.dt_limit), settings)
+        again = _infer_config(parameters, stated, ngroups=given.ngroups, dt_limit=given.dt_limit)
+        model = override_model(again, settings)
     except KeyError as error:
         raise CheckpointError(f"{path}: holds no tensor {error}: not a public Hydra masked language model") from None
     except CheckpointError as error:
@@ -122,7 +129,21 @@ def run_public(path: Path, package: EncoderPackage, probe: Probe) -> torch.Tenso
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
 
 
-def _infer_config(parameters: dict[str, torch.Tensor], **told: Any) -> ModelConfig:
+def _stated(metadata: dict[str, str]) -> dict[str, Any]:
+    """Settings that the public configuration in a file's metadata states.
+
+    Raises:
+        CheckpointError: of another activation or mixer, which the shapes would not tell.
+        ValueError: it is not JSON.
+    """
+    config = json.loads(metadata.get("config", "{}"))
+    for key, expected in _STATED:
+        if (found := config.get(key, expected)) != expected:
+            raise CheckpointError(f"its configuration says {key}: {found!r}; this system has {expected!r} only")
+    return {"embedding_norm_eps": config["layer_norm_eps"]} if "layer_norm_eps" in config else {}
+
+
+def _infer_config(parameters: dict[str, torch.Tensor], stated: dict[str, Any], **told: Any) -> ModelConfig:
     vocab_size, d_model = parameters["embedding.word.weight"].shape
     positions = parameters.get("embedding.position.weight")
     first = "encoder.layers.0.mixer."
@@ -135,4 +156,5 @@ def _infer_config(parameters: dict[str, torch.Tensor], **told: Any) -> ModelConf
         position_embedding="none" if positions is None else "learned",
         max_positions=512 if positions is None else positions.shape[0],
         mixer=infer_mixer({n.removeprefix(first): t for n, t in parameters.items() if n.startswith(first)}, **told),
+        **stated,
     )

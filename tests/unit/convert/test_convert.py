@@ -2,6 +2,7 @@
 
 import datetime
 import fractions
+import json
 import re
 import sys
 from pathlib import Path
@@ -287,3 +288,18 @@ def test_written_files_are_as_readable_as_others(hydra: Path, tmp_path: Path) ->
     (tmp_path / "plain").touch()
     save_file({"a": torch.zeros(1)}, tmp_path / "library.safetensors")
     assert (hydra / "model" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_the_public_configuration_in_the_metadata_counts(tmp_path: Path) -> None:
+    """Its epsilon is used; an activation that this system lacks is refused, not replaced."""
+    state = state_dict(PUBLIC[0])
+    save_file(state, tmp_path / "eps.safetensors", metadata={"config": json.dumps({"layer_norm_eps": 1e-3})})
+    save_file(state, tmp_path / "plain.safetensors")
+    assert (
+        read_public(tmp_path / "eps.safetensors").model
+        == read_public(tmp_path / "plain.safetensors", ["model.embedding_norm_eps=1e-3"]).model
+    )
+    assert read_public(tmp_path / "plain.safetensors").model.embedding_norm_eps == 1e-12
+    save_file(state, tmp_path / "relu.safetensors", metadata={"config": json.dumps({"hidden_act": "relu"})})
+    with pytest.raises(CheckpointError, match=r"relu\.safetensors: its configuration says hidden_act: 'relu'; this"):
+        read_public(tmp_path / "relu.safetensors")
