@@ -7,15 +7,16 @@ what is asked of it at its start: an upload that fails is a warning, the checkpo
 import logging
 import re
 import shutil
-import threading
 from collections.abc import Callable
+from concurrent import futures
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, NamedTuple
+from typing import Any
 
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
+from hydra_scale.background import Background
 from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, publish
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.manifest import read_manifest, verify_files
@@ -25,16 +26,6 @@ from hydra_scale.remote import ATTEMPTS, file_system, may_pass
 log = logging.getLogger(__name__)
 _WAIT = wait_exponential_jitter(initial=1, max=30)
 _NAME = re.compile(r"step-(\d{8})")
-
-
-class _Pending(NamedTuple):
-    """What the thread has to do for a checkpoint."""
-
-    step: int
-    task: str
-    """upload or deletion."""
-    work: Callable[[], str | None]
-    """What went wrong, or None."""
 
 
 class RemoteCheckpoints:
@@ -48,12 +39,8 @@ class RemoteCheckpoints:
         """
         self._address, self._keep = address, keep
         self._files, self._root = file_system(address, ConfigError)
-        self._queue: SimpleQueue[_Pending | None] = SimpleQueue()
-        self._pending: list[_Pending] = []  # in their order; begun by the caller, taken out by the thread
-        self._problems: SimpleQueue[str] = SimpleQueue()
-        # a daemon: a store that never answers must not keep the process, as a pool's thread does at its exit
-        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
-        self._thread.start()
+        self._background = Background("upload")
+        self._begun: list[tuple[str, Future[str | None]]] = []
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that are visible there, oldest first.
@@ -68,41 +55,38 @@ class RemoteCheckpoints:
 
     def begin(self, folder: Path) -> None:
         """Upload a published checkpoint, after those begun before it."""
-        step = int(folder.name.removeprefix("step-"))
-        self._enqueue(_Pending(step, "upload", partial(self._told, folder)))
+        self._begun.append((f"upload of {folder.name}", self._background.submit(self._told, folder)))
 
     def withdraw(self, step: int) -> None:
         """Delete the checkpoint of a step there: the run went back behind it."""
-        self._enqueue(_Pending(step, "deletion", partial(self._withdrawn, f"step-{step:08d}")))
+        name = f"step-{step:08d}"
+        self._begun.append((f"deletion of {name}", self._background.submit(self._withdrawn, name)))
 
     def tell(self) -> None:
         """Log the failures of uploads that have ended since the last call."""
-        while not self._problems.empty():
-            log.warning("%s", self._problems.get())
+        ended = [work for _, work in self._begun if work.done()]
+        self._begun = [(what, work) for what, work in self._begun if work not in ended]
+        for work in ended:
+            if problem := work.result():
+                log.warning("%s", problem)
 
     def close(self, wait: float) -> None:
-        """End the thread after all that was begun, at most `wait` seconds from now; with 0 at once.
+        """End after all that was begun, at most `wait` seconds from now, with 0 at once.
 
-        What is not done by then is left, and named by step in one warning.
+        What is not done by then is named in one warning; what has not been started is not.
         """
-        self._queue.put(None)
-        self._thread.join(wait)
+        futures.wait([work for _, work in self._begun], timeout=wait)
         self.tell()
-        if left := list(self._pending):
-            steps = ", ".join(f"{each.task} of step {each.step}" for each in left)
+        for _, work in self._begun:
+            work.cancel()
+        self._background.close()
+        if left := ", ".join(what for what, _ in self._begun):
             log.warning(
-                "%s: not finished after %g s: %s; the next start uploads the newest again", self._address, wait, steps
+                "%s: not finished after %g s: %s; if the run goes on it uploads the newest again",
+                self._address,
+                wait,
+                left,
             )
-
-    def _enqueue(self, pending: _Pending) -> None:
-        self._pending.append(pending)
-        self._queue.put(pending)
-
-    def _work(self) -> None:
-        while (pending := self._queue.get()) is not None:
-            if problem := pending.work():
-                self._problems.put(problem)
-            self._pending.remove(pending)
 
     def fetch_newest(self, target: CheckpointFolder) -> Path | None:
         """Copy the newest whole checkpoint from there into `target`; None if none is visible there.

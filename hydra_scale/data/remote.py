@@ -2,20 +2,18 @@
 
 Unless `data.shuffle_shards` is set, the order of documents visits every shard in every window, so a run needs all of
 them within its first steps: they are fetched before it, and nothing is asked of the network afterwards. With it,
-training shards arrive as the order comes to them (`ArrivingShards`).
+training shards arrive as the order comes to them (`hydra_scale.data.arriving`).
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Thread
 from typing import Any
 
 from filelock import FileLock
@@ -27,10 +25,12 @@ from hydra_scale.data.tokenizer import TOKENIZER_FILE
 from hydra_scale.errors import DataError, EnvironmentFault
 from hydra_scale.remote import ATTEMPTS, file_system, may_pass
 
-_AT_ONCE = 8
+AT_ONCE = 8
+"""Files that are fetched at a time."""
+TRAIN = "train"
+ARRIVING = "arriving"
+"""A file of this name marks a folder whose training shards come and go."""
 _USED = "used"  # its time of change is when the folder was last opened
-_TRAIN = "train"
-_ARRIVING = "arriving"  # the training shards of such a folder come and go
 
 
 class _Damaged(Exception):
@@ -56,134 +56,44 @@ def localised(address: str, config: DataConfig) -> Path:
     if "://" not in address:
         return Path(address)
     files, root = file_system(address, DataError)
-    cache = _cache_of(config)
+    cache = cache_of(config)
     with FileLock(cache / "lock"):
         manifest = _retried(address, partial(files.cat_file, f"{root}/{MANIFEST}"))
         folder = cache / hashlib.sha256(address.encode() + manifest).hexdigest()[:16]
         folder.mkdir(exist_ok=True)
         (folder / MANIFEST).write_bytes(manifest)
         (folder / _USED).touch()
-        listed = _listed(folder)
+        listed = files_of(folder)
         if arrives(address, config):
-            (folder / _ARRIVING).touch()
-            listed = [(name, entry) for name, entry in listed if not _is_training_shard(name)]
+            (folder / ARRIVING).touch()
+            listed = [(name, entry) for name, entry in listed if not is_training_shard(name)]
         else:
-            (folder / _ARRIVING).unlink(missing_ok=True)
-        missing = [(name, entry) for name, entry in listed if not _is_there(folder / name, entry)]
+            (folder / ARRIVING).unlink(missing_ok=True)
+        missing = [(name, entry) for name, entry in listed if not is_there(folder / name, entry)]
         if config.cache_gb:
             _make_room(cache, folder, missing, config.cache_gb, address)
         _fetch_tokenizer(files, root, folder, address)
-        with ThreadPoolExecutor(_AT_ONCE) as threads:
-            list(threads.map(lambda file: _fetch(files, root, folder, *file, address=address), missing))
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            list(threads.map(lambda file: fetch(files, root, folder, *file, address=address), missing))
     return folder
 
 
-class ArrivingShards:
-    """The training shards of a folder behind a URL, fetched before they are needed and removed when the cache is full.
-
-    Processes of a node share the files: one of them fetches a shard, the others wait for it.
-
-    Args:
-        address: the URL, of which `folder` is the copy made by `localised`.
-        config: cache and its limit.
-    """
-
-    def __init__(self, address: str, folder: Path, config: DataConfig) -> None:
-        self._address, self._folder, self._cache, self._limit_gb = address, folder, _cache_of(config), config.cache_gb
-        self._files, self._root = file_system(address, DataError)
-        self._entries = {name: entry for name, entry in _listed(folder) if _is_training_shard(name)}
-        self._expected: dict[str, Future[None]] = {}
-        self._coming: dict[str, int] = {}
-        self._queue: SimpleQueue[tuple[str, Future[None]]] = SimpleQueue()
-        for _ in range(_AT_ONCE):  # not a pool, whose threads hold up the end of a process until they have fetched all
-            Thread(target=self._fetch_expected, name="hydra-scale-fetch", daemon=True).start()
-
-    def expect(self, shards: Iterable[str]) -> None:
-        """Begin to fetch these shards, by name, in this order; those expected before may be removed from now on."""
-        before, self._expected = self._expected, {f"{_TRAIN}/{shard}": Future() for shard in shards}
-        for name, pending in before.items():
-            if name not in self._expected:
-                pending.cancel()
-            elif not (pending.done() and pending.exception()):  # room that was missing may have come
-                self._expected[name] = pending
-        for name, future in self._expected.items():
-            if name not in before or before[name] is not future:
-                self._queue.put((name, future))
-
-    def wait_for(self, shard: str) -> None:
-        """Return when the shard lies in the folder.
-
-        Raises:
-            DataError: it is not at the URL, or the shards in use are more than the cache may hold.
-            EnvironmentFault: it cannot be fetched.
-        """
-        name = f"{_TRAIN}/{shard}"
-        if pending := self._expected.get(name):
-            pending.result()
-        if not _is_there(self._folder / name, self._entries[name]):  # not expected, or removed by another process
-            self._bring(name)
-
-    def _fetch_expected(self) -> None:
-        while True:
-            name, future = self._queue.get()
-            if not future.set_running_or_notify_cancel():
-                continue
-            try:
-                self._bring(name)
-                future.set_result(None)
-            except Exception as error:
-                future.set_exception(error)
-
-    def _bring(self, name: str) -> None:
-        path, entry = self._folder / name, self._entries[name]
-        path.parent.mkdir(exist_ok=True)
-        with FileLock(path.with_name(f".{path.name}.lock")):
-            if _is_there(path, entry):
-                path.touch()
-                return
-            try:
-                with FileLock(self._cache / "lock"):
-                    self._remove_oldest(entry.bytes)
-                    self._coming[name] = entry.bytes
-                _fetch(self._files, self._root, self._folder, name, entry, address=self._address)
-            finally:
-                self._coming.pop(name, None)
-
-    def _remove_oldest(self, needed: int) -> None:
-        if not self._limit_gb:
-            return
-        in_use = {self._folder / name for name in self._expected}
-        here = [path.parent / _TRAIN for path in self._cache.glob(f"*/{_ARRIVING}")]
-        others = [path for folder in here for path in folder.glob("*.tar") if path not in in_use]
-        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
-        coming = sum(list(self._coming.values()))  # first: what arrives meanwhile is counted twice, not missed
-        size = coming + _size(self._cache)
-        while size + needed > 1e9 * self._limit_gb:
-            if not others:
-                raise DataError(
-                    f"{self._address}: the shards in use and {needed / 1e9:.3g} GB more do not fit into data.cache_gb,"
-                    f" {self._limit_gb:g}; raise it, or lower data.shuffle_shards"
-                )
-            size -= others[-1].stat().st_size
-            others.pop().unlink()
-
-
-def _cache_of(config: DataConfig) -> Path:
+def cache_of(config: DataConfig) -> Path:
     cache = Path(config.cache) if config.cache else _user_cache()
     cache.mkdir(parents=True, exist_ok=True)
     return cache
 
 
-def _is_training_shard(name: str) -> bool:
-    return name.startswith(f"{_TRAIN}/") and name.endswith(".tar")
+def is_training_shard(name: str) -> bool:
+    return name.startswith(f"{TRAIN}/") and name.endswith(".tar")
 
 
-def _listed(folder: Path) -> list[tuple[str, FileEntry]]:
+def files_of(folder: Path) -> list[tuple[str, FileEntry]]:
     splits = read_manifest(folder, files_too=False).splits
     return [(f"{s}/{file.name}", file) for s, e in splits.items() for file in (e.lengths, e.counts, *e.shards)]
 
 
-def _is_there(path: Path, entry: FileEntry) -> bool:
+def is_there(path: Path, entry: FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry.bytes
 
 
@@ -207,7 +117,7 @@ def _fetch_tokenizer(files: Any, root: str, folder: Path, address: str) -> None:
         fetch(name)
 
 
-def _fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, address: str) -> None:
+def fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, address: str) -> None:
     target = folder / name
     aside = target.with_name(f".{target.name}.fetching")
     target.parent.mkdir(exist_ok=True)
@@ -235,16 +145,16 @@ def _retried(what: str, call: Callable[[], Any]) -> Any:
 
 def _make_room(cache: Path, folder: Path, missing: list[tuple[str, FileEntry]], limit_gb: float, address: str) -> None:
     """Remove the copies that were not opened for the longest time until what is missing fits."""
-    needed = _size(folder) + sum(entry.bytes for _, entry in missing)
+    needed = size_of(folder) + sum(entry.bytes for _, entry in missing)
     if needed > 1e9 * limit_gb:
         raise DataError(f"{address}: takes {needed / 1e9:.3g} GB, data.cache_gb is {limit_gb:g}; raise it")
     others = [path.parent for path in cache.glob(f"*/{_USED}") if path.parent != folder]
     others.sort(key=lambda path: (path / _USED).stat().st_mtime_ns, reverse=True)
-    while others and needed + sum(map(_size, others)) > 1e9 * limit_gb:
+    while others and needed + sum(map(size_of, others)) > 1e9 * limit_gb:
         shutil.rmtree(others.pop())
 
 
-def _size(folder: Path) -> int:
+def size_of(folder: Path) -> int:
     total = 0
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # what has just arrived takes its name meanwhile

@@ -2,17 +2,19 @@
 
 import hashlib
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hydra_scale.config import DataConfig
+from hydra_scale.data.arriving import ArrivingShards
 from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
 from hydra_scale.data.mixture import Mixture
 from hydra_scale.data.order import Pieces, SequenceOrder, ShardGroups
 from hydra_scale.data.ranges import ranges
-from hydra_scale.data.remote import ArrivingShards, arrives, localised
+from hydra_scale.data.remote import arrives, localised
 from hydra_scale.data.shards import Split, TokenStore
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
@@ -49,7 +51,7 @@ class PreparedSplit:
             manifest,
             split,
             without if split == "train" else (),
-            wait_for=self._arriving.wait_for if self._arriving else None,
+            held=self._arriving.held if self._arriving else nullcontext,
         )
         self.manifest = manifest.without(without)
         self._framed_when_cut = config.truncates

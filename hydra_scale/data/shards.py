@@ -14,6 +14,7 @@ import io
 import mmap
 import tarfile
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Literal
@@ -177,8 +178,8 @@ class TokenStore:
     """The documents of one split of a prepared folder, numbered from 0 in shard order.
 
     Opening reads lengths.npy and checks it; a shard is mapped, hashed and its ids checked when it is first touched.
-    Documents of the shards that it does `without`, by name, have no number. `wait_for` is called with a shard's name
-    before it is opened, where shards are still arriving.
+    Documents of the shards that it does `without`, by name, have no number. A shard is opened inside
+    `held(name)`, which sees to it that it is there where shards come and go.
 
     Raises:
         DataError: the split is absent, or its lengths contradict the manifest.
@@ -190,9 +191,9 @@ class TokenStore:
         manifest: Manifest,
         split: Split,
         without: Collection[str] = (),
-        wait_for: Callable[[str], object] | None = None,
+        held: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.folder, self._wait_for = folder / split, wait_for
+        self.folder, self._held = folder / split, held
         self.entry = split_entry(folder, manifest, split)
         self.vocab_size = manifest.tokenizer.vocab_size
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
@@ -301,9 +302,8 @@ class TokenStore:
         return tokens
 
     def _open(self, path: Path, number: int) -> tuple[mmap.mmap, np.ndarray]:
-        if self._wait_for:
-            self._wait_for(path.name)
-        mapping, tokens = self._mapped(path, number)
+        with self._held(path.name):
+            mapping, tokens = self._mapped(path, number)
         self._check_ids(path, number, tokens)
         return mapping, tokens
 

@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from fsspec.implementations.memory import MemoryFileSystem
 from made_up import WriteFolder, random_documents
 from tenacity import wait_none
+from waiting import wait_until
 
 from hydra_scale.config import DataConfig
 from hydra_scale.data import remote
+from hydra_scale.data.arriving import ArrivingShards
 from hydra_scale.data.loader import TrainingData
 from hydra_scale.data.remote import localised
 from hydra_scale.errors import DataError, EnvironmentFault
@@ -220,6 +222,31 @@ def test_a_cache_smaller_than_the_data(
     tight = config(address, tmp_path, shuffle_shards=9, cache_gb=limit / 1e9)
     with pytest.raises(DataError, match=r"flaky://bucket: the shards in use .* data.cache_gb.*data.shuffle_shards"):
         TrainingData(tight, 3).micro_batches(0, 0, 1, 200, 200)
+
+
+def test_a_shard_is_not_removed_while_another_opens_it(write_folder: WriteFolder, tmp_path: Path) -> None:
+    """Of two ranks of a node with room for one shard: the second waits until the first has let go."""
+    folder = in_ten_shards(write_folder)
+    address, names = uploaded(folder), sorted(path.name for path in (folder / "train").glob("*.tar"))
+    settings = config(address, tmp_path, shuffle_shards=1)
+    copy = localised(address, settings)
+    there = sum(path.stat().st_size for path in copy.rglob("*") if path.is_file())
+    tight = settings.model_copy(update={"cache_gb": (there + 1.5 * (folder / "train" / names[0]).stat().st_size) / 1e9})
+    one, other = (ArrivingShards(address, copy, tight) for _ in range(2))
+    with one.held(names[0]):
+        other.expect([names[1]])
+        wait_until(lambda: is_locked(tmp_path / "cache" / "lock"), 30, "nobody makes room")
+        assert (copy / "train" / names[0]).exists()
+    with other.held(names[1]):
+        assert (copy / "train" / names[1]).exists() and not (copy / "train" / names[0]).exists()
+
+
+def is_locked(path: Path) -> bool:
+    try:
+        with FileLock(path, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 @pytest.mark.parametrize(
