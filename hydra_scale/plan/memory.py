@@ -89,8 +89,11 @@ def _kept(layout: Layout, stage: Stage) -> float:
         if not recomputes:
             kept += number * whole
             continue
-        of_each = _recomputed_keeps(layout, kind)
-        kept += number * of_each if together == 1 else _shared_inputs(number, together) * _entering_bytes(layout)
+        of_each, entering = _recomputed_keeps(layout, kind), _entering_bytes(layout)
+        if together == 1:
+            kept += number * of_each
+        else:  # beside inputs, what selective keeps of the layers of the group that is being differentiated
+            kept += _shared_inputs(number, together) * entering + min(number, together) * (of_each - entering)
         again = max(again, whole)  # of one layer at a time
     if stage.is_first:
         kept += EMBEDDING_KEEPS * FP32 * config.model.d_model * layout.residual_tokens

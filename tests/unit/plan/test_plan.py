@@ -42,6 +42,17 @@ def layout(num_gpus: int, *overrides: str) -> Layout:
     return Layout(config, num_gpus, 30_528)
 
 
+def test_layers_that_recompute_together_keep_what_selective_keeps_alone() -> None:
+    """Of seven layers in one group: seven inputs and the results of seven layers at its fullest, as without a group."""
+    seven, more = ["model.num_layers=7"], "training.recompute.together=7"
+    alone, together, inputs = (
+        memory(layout(1, *seven, f"training.recompute.kind={kind}", *rest)).activations
+        for kind, rest in (("selective", []), ("selective", [more]), ("full", [more]))
+    )
+    products = 7 * 2048 * 2 * ((4416 + 32) + 1024)  # bf16: projection, diagonal, output projection
+    assert products < together - inputs + 1 and together == pytest.approx(alone, rel=0.05)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -79,6 +90,22 @@ def test_memory_of_measured_runs(settings: str, measured: float) -> None:
     overrides = settings.split()
     size = overrides[0].replace("micro", "global")
     assert memory(layout(1, size, *overrides)).peak == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "measured"),
+    [
+        ("training.micro_batch_size=8 training.global_batch_size=16", 22.98e9),
+        ("parallel.tensor=2 parallel.sequence=true training.micro_batch_size=16"
+         " training.global_batch_size=16", 29.08e9),
+        ("parallel.context=2 data.seqlen=65536 training.micro_batch_size=1 training.global_batch_size=1", 41.18e9),
+        ("parallel.context=2 data.seqlen=1048576 training.micro_batch_size=1 training.global_batch_size=1"
+         f" {SHARED_INPUTS}", 66.09e9),
+    ],
+)  # fmt: skip
+def test_memory_of_measured_runs_on_two_gpus(settings: str, measured: float) -> None:
+    """docs/parallelism.md: peaks of the 334M model on two H100, bf16."""
+    assert memory(layout(2, *settings.split())).peak == pytest.approx(measured, rel=0.1)
 
 
 def test_memory_by_arithmetic() -> None:
