@@ -1,6 +1,7 @@
 """What faults cost, as a table."""
 
 import os
+import textwrap
 import time
 from collections.abc import Sequence
 from statistics import median
@@ -48,7 +49,7 @@ class Figures:
         lines = [_line(HEAD), _line(["---"] * len(HEAD)), *(line for _, line in sorted(self._rows))]
         cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[2]
         when = f"Measured on {time.strftime('%Y-%m-%d')}: {cores} cores, load {load:.1f} over the last 15 minutes."
-        return "\n".join([*lines, "", *self._sentences, when])
+        return "\n".join([*lines, "", *textwrap.wrap(" ".join([*self._sentences, when]), 120)])
 
 
 def _line(cells: Sequence[str]) -> str:

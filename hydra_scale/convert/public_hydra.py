@@ -134,9 +134,11 @@ def _stated(metadata: dict[str, str]) -> dict[str, Any]:
 
     Raises:
         CheckpointError: of another activation or mixer, which the shapes would not tell.
-        ValueError: it is not JSON.
+        ValueError: it is no JSON object.
     """
     config = json.loads(metadata.get("config", "{}"))
+    if not isinstance(config, dict):
+        raise ValueError(f"its configuration is {config!r}, expected an object of settings")
     for key, expected in _STATED:
         if (found := config.get(key, expected)) != expected:
             raise CheckpointError(f"its configuration says {key}: {found!r}; this system has {expected!r} only")

@@ -193,7 +193,7 @@ def test_a_rank_with_other_weights_is_named(
     assert "in 1 tensors, the first encoder.layers.1.norm.weight" in errors[0]
     assert "checkpoints up to step 3 are known to be good" in errors[0]
     assert RunFolder(tmp_path / "run").checkpoints.steps()[-1] < 5
-    figures(28, f"a bit flipped on one of {num_ranks} ranks, {layout}: named before the next step")
+    figures(28, f"a bit flipped on one of {num_ranks} ranks, {layout}: named before the next comparison")
 
 
 @pytest.mark.parametrize("layout", ["zero.stage=2", "parallel.context=2", "parallel.tensor=2"])

@@ -5,7 +5,7 @@ import torch
 from compare import assert_close
 from test_scan import borders, make_inputs
 
-from hydra_kernels import quasiseparable_scan
+from hydra_kernels import HydraMixer, quasiseparable_scan
 
 pytestmark = pytest.mark.gpu
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -66,3 +66,18 @@ def test_two_backward_passes_are_bit_equal() -> None:
     inputs = {name: tensor.cuda().bfloat16() for name, tensor in make_inputs(2, 5000, 8, 64, 1, 64).items()}
     first, second = (gradients(inputs, None, False, "triton") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_inductor_gives_the_same_bits() -> None:
+    """Output and every gradient of a mixer, and its output at other lengths."""
+    torch.manual_seed(0)
+    mixer = HydraMixer(d_model=256, device="cuda")
+    compiled = torch.compile(mixer, fullgraph=True)
+    for rows, seqlen in ((4, 512), (3, 333)):
+        x = torch.randn(rows, seqlen, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = [function(x) for function in (mixer, compiled)]
+        expected, found = (
+            [y, *torch.autograd.grad(y.float().square().sum(), [x, *mixer.parameters()])] for y in outputs
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -24,6 +24,7 @@ def test_saves_and_a_load_are_timed(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     rows = {row["implementation"]: row for row in csv.DictReader((tmp_path / "checkpoint.csv").open())}
+    assert float(rows["start: buffers in host memory"]["milliseconds"]) > 0
     stall, save = (
         float(rows[f"save: {name}"]["milliseconds"]) for name in ("training stands still", "until it is published")
     )

@@ -1,4 +1,8 @@
-"""A run folder kept as this version of the format wrote it (two tensor ranks): later versions read it alike."""
+"""A run folder kept as version 1 of the format was written on 2026-11-24: later versions read it alike.
+
+tests/golden/run_v1 is what `pretrain` left under its config.yaml, on two tensor ranks, without the logs; with it the
+logits (fp32) that `read_run(...).run` gave then for the token ids beside them.
+"""
 
 from pathlib import Path
 
