@@ -20,20 +20,27 @@ class Walk(NamedTuple):
     warps: int
 
 
-FORWARD = Walk(128, 8, 64, 1)
+FORWARD = Walk(128, 8, 128, 1)
 BACKWARD = Walk(128, 4, 128, 1)
 
 
 @triton.jit
 def _load_rows(base, first, channel, inside, num_tokens, stride, COUNT: tl.constexpr):
-    """Rows first to first + COUNT - 1 as fp32 vectors, zeros where there is no token."""
+    """Rows first to first + COUNT - 1 as they are stored, zeros where there is no token."""
     rows = ()  # grows while the loop is unrolled
     for index in tl.static_range(COUNT):
         token = first + index
         place = base + token.to(tl.int64) * stride + channel
-        row = tl.load(place, mask=inside & (token >= 0) & (token < num_tokens), other=0.0)
-        rows += (row.to(tl.float32),)  # type: ignore[assignment]
+        rows += (tl.load(place, mask=inside & (token >= 0) & (token < num_tokens), other=0.0),)  # type: ignore[assignment]
     return rows
+
+
+@triton.jit
+def _in_fp32(rows, COUNT: tl.constexpr):
+    wide = ()
+    for index in tl.static_range(COUNT):
+        wide += (rows[index].to(tl.float32),)  # type: ignore[assignment]
+    return wide
 
 
 @triton.jit
@@ -111,10 +118,14 @@ def _conv_kernel(
     inside = channel < num_channels
     weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
     first = tl.program_id(0) * (AT_ONCE * BLOCKS)
-    before = _load_rows(x, first - K // 2, channel, inside, num_tokens, stride_x, K - 1)
+    before = _in_fp32(_load_rows(x, first - K // 2, channel, inside, num_tokens, stride_x, K - 1), K - 1)
+    coming = _load_rows(x, first + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
     for block in range(BLOCKS):
         begin = first + block * AT_ONCE
-        rows = before + _load_rows(x, begin + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
+        rows = before + _in_fp32(coming, AT_ONCE)
+        # the next rows are on their way while these are computed with
+        ahead = begin + tl.where(block + 1 < BLOCKS, AT_ONCE, num_tokens)
+        coming = _load_rows(x, ahead + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
         start, stop = _load_document(doc_start, doc_end, begin, num_tokens)
         if (start <= begin - K // 2) & (begin + AT_ONCE + K // 2 <= stop):
             _convolve(
@@ -176,14 +187,19 @@ def _conv_backward_kernel(
     inside = channel < num_channels
     weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
     first = tl.program_id(0) * OWN
-    before = _load_rows(x, first - 2 * HALF, channel, inside, num_tokens, stride_x, K - 1)
+    before = _in_fp32(_load_rows(x, first - 2 * HALF, channel, inside, num_tokens, stride_x, K - 1), K - 1)
+    coming = _load_rows(x, first, channel, inside, num_tokens, stride_x, AT_ONCE)
+    coming_grads = _load_rows(grad, first - HALF, channel, inside, num_tokens, stride_grad, AT_ONCE)
     of_bias = tl.zeros_like(bias_C)
     inner = (of_bias,) * (K - 1)
     of_taps = (of_bias,) * K
     for block in range(BLOCKS):
         begin = first - HALF + block * AT_ONCE
-        rows = before + _load_rows(x, begin + HALF, channel, inside, num_tokens, stride_x, AT_ONCE)
-        grads = _load_rows(grad, begin, channel, inside, num_tokens, stride_grad, AT_ONCE)
+        rows, grads = before + _in_fp32(coming, AT_ONCE), _in_fp32(coming_grads, AT_ONCE)
+        # the next rows are on their way while these are computed with
+        ahead = begin + tl.where(block + 1 < BLOCKS, AT_ONCE, num_tokens)
+        coming = _load_rows(x, ahead + HALF, channel, inside, num_tokens, stride_x, AT_ONCE)
+        coming_grads = _load_rows(grad, ahead, channel, inside, num_tokens, stride_grad, AT_ONCE)
         start, stop = _load_document(doc_start, doc_end, begin, num_tokens)
         in_document = (start <= begin - 2 * HALF) & (begin + AT_ONCE + HALF <= stop)
         if in_document & (begin - HALF >= first) & (begin + AT_ONCE <= first + OWN):

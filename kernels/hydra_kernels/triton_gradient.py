@@ -9,18 +9,21 @@ from .triton_steps import chunk_bounds
 @triton.jit
 def within_kernel(
     x, grad_y, dt, cumulative, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
-    grad_vectors, read, written,
-    num_tokens, num_documents, num_heads, heads_per_group,
-    stride_x_token, stride_x_head, stride_grad_y_token, stride_grad_y_head,
-    stride_B_direction, stride_B_token, stride_B_group, stride_C_direction, stride_C_token, stride_C_group,
+    grad_vectors, read, written, grad_diagonal,
+    num_tokens, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
+    stride_x_token: tl.constexpr, stride_x_head: tl.constexpr,
+    stride_grad_y_token: tl.constexpr, stride_grad_y_head: tl.constexpr,
+    stride_B_direction, stride_B_token: tl.constexpr, stride_B_group,
+    stride_C_direction, stride_C_token: tl.constexpr, stride_C_group,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr,
-    ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HAS_DIAGONAL: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk's own matrix gives, both directions at once. Grid (num_chunks, G * programs_per_group).
 
     A program sums dB and dC over its heads: grad_vectors (programs_per_group, T, 4, G, N) fp32 as B forward, C forward,
     B backward, C backward; those of C stand at the token that reads with them. read, written (2, H, T) as
-    steps_backward wants.
+    steps_backward wants; grad_diagonal (T, H) fp32.
     """
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
@@ -58,7 +61,9 @@ def within_kernel(
     score = tl.where(
         below, tl.dot(Cf, tl.trans(Bf), input_precision=PRECISION), tl.dot(Cb, tl.trans(Bb), input_precision=PRECISION)
     )
-    score = tl.where(allowed, score, 0.0)
+    # apart, so that products with them are added up without a choice for every element
+    score_f = tl.where(below & allowed, score, 0.0)
+    score_b = tl.where(~below & allowed, score, 0.0)
     grad_score = tl.zeros((Q, Q), tl.float32)
     for index in range(HEADS):
         head = first_head + index
@@ -72,24 +77,26 @@ def within_kernel(
         before_b = tl.load(cumulative + other_line + token + 1, mask=right_known & (token + 1 < end), other=0.0)
         x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
         dy_QP = load_tile(grad_y + head * stride_grad_y_head, token, stride_grad_y_token, live, p, P)
-        # the matrix is score decay dt; an allowed exponent is <= 0
+        # The matrix is score decay dt. An allowed exponent is <= 0; what is not allowed is finite, and goes at the end.
         exponent = tl.where(below, before_f[:, None] - upto_f[None, :], before_b[:, None] - upto_b[None, :])
-        decay = tl.where(allowed, tl.exp2(tl.minimum(exponent, 0.0)), 0.0)
-        grad_decayed = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION) * decay
+        grad_matrix = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION)
+        if HAS_DIAGONAL:
+            on_it = tl.sum(tl.where(row == column, grad_matrix, 0.0), 1)
+            tl.store(grad_diagonal + token.to(tl.int64) * num_heads + head, on_it, mask=live)
+        grad_decayed = grad_matrix * tl.exp2(tl.minimum(exponent, 0.0))
         weighted = grad_decayed * tl.where(below, dt_f[None, :], dt_b[None, :])
         grad_score += weighted
-        product, weighted = grad_decayed * score, weighted * score
-        tl.store(written + line + token, tl.sum(tl.where(below, product, 0.0), 0), mask=live)
-        tl.store(written + other_line + token, tl.sum(tl.where(below, 0.0, product), 0), mask=live)
-        tl.store(read + line + token, tl.sum(tl.where(below, weighted, 0.0), 1), mask=live)
-        tl.store(read + other_line + token, tl.sum(tl.where(below, 0.0, weighted), 1), mask=live)
+        tl.store(written + line + token, tl.sum(grad_decayed * score_f, 0), mask=live)
+        tl.store(written + other_line + token, tl.sum(grad_decayed * score_b, 0), mask=live)
+        tl.store(read + line + token, tl.sum(weighted * score_f, 1), mask=live)
+        tl.store(read + other_line + token, tl.sum(weighted * score_b, 1), mask=live)
 
     width = num_groups * N
     base = (part.to(tl.int64) * num_tokens + token.to(tl.int64)) * (4 * width) + group * N
     target = grad_vectors + base[:, None] + n[None, :]
     mask = live[:, None] & (n < N)[None, :]
-    lower = tl.where(below, grad_score, 0.0).to(Bf.dtype)
-    upper = tl.where(below, 0.0, grad_score).to(Bf.dtype)
+    lower = tl.where(below & allowed, grad_score, 0.0).to(Bf.dtype)
+    upper = tl.where(~below & allowed, grad_score, 0.0).to(Bf.dtype)
     tl.store(target, tl.dot(tl.trans(lower), Cf, input_precision=PRECISION), mask=mask)
     tl.store(target + width, tl.dot(lower, Bf, input_precision=PRECISION), mask=mask)
     tl.store(target + 2 * width, tl.dot(tl.trans(upper), Cb, input_precision=PRECISION), mask=mask)
@@ -98,20 +105,22 @@ def within_kernel(
 
 @triton.jit
 def across_kernel(
-    x, grad_y, dt, cumulative, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
+    x, grad_y, dt, arrive, depart, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
     local, prefix, entering, grad_local, grad_prefix, grad_entering,
-    grad_vectors, read, written, passed,
-    num_tokens, num_chunks, num_segments, num_documents, num_heads, heads_per_group,
-    stride_x_token, stride_x_head, stride_grad_y_token, stride_grad_y_head,
-    stride_B_direction, stride_B_token, stride_B_group, stride_C_direction, stride_C_token, stride_C_group,
+    grad_vectors, read, written, kept,
+    num_tokens, num_chunks, num_segments, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
+    stride_x_token: tl.constexpr, stride_x_head: tl.constexpr,
+    stride_grad_y_token: tl.constexpr, stride_grad_y_head: tl.constexpr,
+    stride_B_direction, stride_B_token: tl.constexpr, stride_B_group,
+    stride_C_direction, stride_C_token: tl.constexpr, stride_C_group,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What crosses a chunk's borders: the state that entered, and the gradient of the one that leaves.
 
     Grid (2 num_chunks, G * programs_per_group), the two directions of a chunk side by side; words are those of the
-    forward one. Adds to what `within_kernel` left in read and written; grad_vectors is a further part of the sum;
-    passed (2, num_chunks, H) as steps_backward wants.
+    forward one. grad_vectors is a further part of the sum; read, written (2, H, T) and kept (2, num_chunks, H) as
+    steps_backward wants; dt and the factors: see `Steps`.
     """
     chunk, direction = tl.program_id(0) // 2, tl.program_id(0) % 2
     ascending = direction == 0
@@ -134,11 +143,6 @@ def across_kernel(
     if HAS_READOUT:  # else C has rows where documents go on
         known = in_document & (source >= 0) & (source < num_tokens)
     given = ~known & (live if ALIGNED else in_document)
-    last = tl.where(ascending, end - 1, first)
-    last_start, last_stop = tl.load(doc_start + last), tl.load(doc_end + last)
-    reads = live & (tl.where(ascending, start < first, stop > end) | ALIGNED)
-    writes = live & (token >= last_start) & (token < last_stop)
-    through = tl.where(ascending, last_start < first, last_stop > end) | ALIGNED
     B += direction * stride_B_direction + group * stride_B_group
     C += direction * stride_C_direction + group * stride_C_group
     outside = group.to(tl.int64) * N
@@ -153,32 +157,32 @@ def across_kernel(
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
     grad_B = tl.zeros((Q, NP), tl.float32)
     grad_C = tl.zeros((Q, NP), tl.float32)
+    place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + first_head
+    segment_place = (direction * num_segments + chunk // R).to(tl.int64) * num_heads + first_head
+    arrives, leaves = tl.load(prefix + place), tl.load(grad_prefix + place)
     for index in range(HEADS):
         head = first_head + index
         line = (direction * num_heads + head).to(tl.int64) * num_tokens
+        state = load_state(local, entering, place + index, segment_place + index, arrives, tile, inside_pn, P * N)
+        leaving = load_state(
+            grad_local, grad_entering, place + index, segment_place + index, leaves, tile, inside_pn, P * N
+        )
+        tl.store(kept + place + index, tl.sum(tl.sum(state * leaving, 1), 0))
+        state, leaving = state.to(x.dtype.element_ty), leaving.to(x.dtype.element_ty)
+        # whether the next head's states need those of their segments is known before its turn comes
+        arrives = tl.load(prefix + place + index + 1, mask=index + 1 < HEADS, other=0.0)
+        leaves = tl.load(grad_prefix + place + index + 1, mask=index + 1 < HEADS, other=0.0)
         dt_Q = tl.load(dt + line + token, mask=live, other=0.0)
-        upto = tl.load(cumulative + line + token, mask=live, other=0.0)
-        before = tl.load(cumulative + line + source, mask=known & (source >= first) & (source < end), other=0.0)
-        whole = tl.load(cumulative + line + last)
+        arrive_Q = tl.load(arrive + line + token, mask=live, other=0.0)
+        depart_Q = tl.load(depart + line + token, mask=live, other=0.0)
         x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
         dy_QP = load_tile(grad_y + head * stride_grad_y_head, token, stride_grad_y_token, live, p, P)
-        place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
-        segment_place = (direction * num_segments + chunk // R).to(tl.int64) * num_heads + head
-        state = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
-        leaving = load_state(grad_local, grad_prefix, grad_entering, place, segment_place, tile, inside_pn, P * N)
-        kept = tl.sum(tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1), 0)
-        from_state = tl.dot(dy_QP, state, input_precision=PRECISION) * tl.where(reads, tl.exp2(before), 0.0)[:, None]
+        from_state = tl.dot(dy_QP, state, input_precision=PRECISION) * arrive_Q[:, None]
+        to_state = tl.dot(x_QP, leaving, input_precision=PRECISION) * depart_Q[:, None]
         grad_C += from_state
-        read_Q = tl.sum(from_state * C_QN.to(tl.float32), 1)
-        weight = tl.where(writes, tl.exp2(tl.minimum(whole - upto, 0.0)), 0.0)
-        to_state = tl.dot(x_QP, leaving, input_precision=PRECISION) * weight[:, None]
         grad_B += to_state * dt_Q[:, None]
-        written_Q = tl.sum(to_state * B_QN.to(tl.float32), 1)
-        tl.store(passed + place, tl.where(through, tl.exp2(whole) * kept, 0.0) + tl.sum(written_Q * dt_Q, 0))
-        read_Q += tl.load(read + line + token, mask=live, other=0.0)
-        written_Q += tl.load(written + line + token, mask=live, other=0.0)
-        tl.store(read + line + token, read_Q, mask=live)
-        tl.store(written + line + token, written_Q, mask=live)
+        tl.store(read + line + token, tl.sum(from_state * C_QN.to(tl.float32), 1), mask=live)
+        tl.store(written + line + token, tl.sum(to_state * B_QN.to(tl.float32), 1), mask=live)
 
     width = num_groups * N
     base = (part.to(tl.int64) * num_tokens + token.to(tl.int64)) * (4 * width) + 2 * direction * width + group * N

@@ -41,6 +41,8 @@ class Kept(NamedTuple):
     """Of the scan."""
     inverse_T: torch.Tensor
     """The norm's factors."""
+    diagonal_TH: torch.Tensor
+    """Of the scan's matrix, but for D."""
     entered: Entered | None
     """What came from outside."""
 
@@ -63,13 +65,14 @@ def mix_forward(
     shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, weights: MixWeights, documents: Borders
 ) -> tuple[torch.Tensor, Kept]:
     """The projection (T, E) of documents laid end to end, to the output projection's input (T, I)."""
-    _, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents)
+    _, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents, None)
     y_THP, _, entered = scan_forward(inputs, None if outside is None else outside.exchange)
     y_TI = y_THP.flatten(1)
     z_TI = projected_TE[:, : shape.d_inner]
     z_TI = z_TI if outside is None else outside.own(z_TI)
     out_TI, inverse_T = norm_forward(y_TI, z_TI, weights.norm_weight, shape.norm_eps)
-    return out_TI, Kept(y_TI, inverse_T, entered)
+    assert inputs.diagonal_TH is not None
+    return out_TI, Kept(y_TI, inverse_T, inputs.diagonal_TH, entered)
 
 
 def mix_backward(
@@ -84,7 +87,7 @@ def mix_backward(
     """Gradients of the projection and of the weights, in their dtypes. The convolution and the states are computed
     again, and results written straight into the gradient of the projection."""
     d_inner, nheads = shape.d_inner, shape.nheads
-    conv_TC, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents)
+    conv_TC, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents, kept.diagonal_TH)
     grad_TE, grad_conv_TC = torch.empty_like(projected_TE), torch.empty_like(conv_TC)
     own_TE, own_grad_TE, own_conv_TC, own_grad_conv_TC = projected_TE, grad_TE, conv_TC, grad_conv_TC
     if outside is not None:
@@ -108,11 +111,10 @@ def mix_backward(
         own_grad_conv_TC[:, d_inner:],
         None if outside is None else outside.exchange,
         kept.entered,
+        weights.fc_D_weight.to(projected_TE.dtype),
     )
     assert grads.diagonal_TH is not None
-    grad_diagonal_TH = grads.diagonal_TH.to(projected_TE.dtype)
-    grad_x_TI.addmm_(grad_diagonal_TH, weights.fc_D_weight.to(projected_TE.dtype))
-    grad_fc_D = grad_diagonal_TH.T @ own_conv_TC[:, :d_inner]
+    grad_fc_D = grads.diagonal_TH.to(projected_TE.dtype).T @ own_conv_TC[:, :d_inner]
     convolved = slice(d_inner, d_inner + shape.widths[1])
     grad_weight, grad_bias = conv_backward(
         projected_TE[:, convolved],
@@ -130,9 +132,14 @@ def mix_backward(
 
 
 def _mix_inputs(
-    shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, weights: MixWeights, documents: Borders
+    shape: MixShape,
+    outside: Outside | None,
+    projected_TE: torch.Tensor,
+    weights: MixWeights,
+    documents: Borders,
+    diagonal_TH: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ScanInputs]:
-    """All that the convolution gives, and of it what the scan reads."""
+    """All that the convolution gives, and of it what the scan reads; the diagonal is made unless it is given."""
     nheads = shape.nheads
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
     borders, starts, ends = documents
@@ -149,6 +156,8 @@ def _mix_inputs(
             beside_2GN = before_VGN[1], behind_VGN[3]  # of B and C forward, B and C backward
     x_TI = own_TC[:, : shape.d_inner]
     readers = own_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
+    if diagonal_TH is None:
+        diagonal_TH = torch.nn.functional.linear(x_TI, weights.fc_D_weight.to(x_TI.dtype))
     initial, learnt = None, weights.init_states
     if learnt is not None:
         initial = learnt.expand(2, borders.numel() - 1, -1, -1, -1).contiguous()
@@ -158,7 +167,7 @@ def _mix_inputs(
         A_H=weights.A_log,
         B_2TGN=readers[:, 0],
         C_2TGN=readers[:, 1],
-        diagonal_TH=torch.nn.functional.linear(x_TI, weights.fc_D_weight.to(x_TI.dtype)),
+        diagonal_TH=diagonal_TH,
         D_H=weights.D,
         bias_H=weights.dt_bias,
         step_limit=shape.dt_limit,
@@ -183,14 +192,14 @@ class MixOfStretch(torch.autograd.Function):
         out_TI, kept = mix_forward(shape, outside, projected_TE, *parted(tensors))
         ctx.shape, ctx.outside = shape, outside
         assert kept.entered is not None
-        ctx.save_for_backward(kept.y_TI, kept.inverse_T, *kept.entered, projected_TE, *tensors)
+        ctx.save_for_backward(kept.y_TI, kept.inverse_T, kept.diagonal_TH, *kept.entered, projected_TE, *tensors)
         return out_TI
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # read once: under activation checkpointing each access computes them again
-        y_TI, inverse_T, states_2HPN, readout_2GN, projected_TE, *tensors = ctx.saved_tensors
-        kept = Kept(y_TI, inverse_T, Entered(states_2HPN, readout_2GN))
+        y_TI, inverse_T, diagonal_TH, states_2HPN, readout_2GN, projected_TE, *tensors = ctx.saved_tensors
+        kept = Kept(y_TI, inverse_T, diagonal_TH, Entered(states_2HPN, readout_2GN))
         found = mix_backward(ctx.shape, ctx.outside, grad_out_TI, kept, projected_TE, *parted(tensors))
         return None, None, *found, None, None, None

@@ -222,25 +222,28 @@ def _mix(
     projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
     D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
     starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
-) -> tuple[_Tensor, _Tensor, _Tensor]:  # fmt: skip
-    """sizes, limits: those of `MixShape`. Returns the result, and for the backward pass y and the norm's factors."""
+) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor]:  # fmt: skip
+    """sizes, limits: those of `MixShape`. Returns the result, and for the backward pass y, the norm's factors and the
+    diagonal."""
     tensors = (
         conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
     )  # fmt: skip
     out_TI, kept = mix_forward(_shape(sizes, limits), None, projected_TE, *parted(tensors))
-    return out_TI, kept.y_TI, kept.inverse_T
+    return out_TI, kept.y_TI, kept.inverse_T, kept.diagonal_TH
 
 
 @_mix.register_fake
-def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor]:
-    num_tokens, d_inner = projected_TE.shape[0], rest[-2][0]
-    out, y = (_fake((num_tokens, d_inner), projected_TE, projected_TE.dtype) for _ in range(2))
-    return out, y, _fake((num_tokens,), projected_TE)
+def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor]:
+    num_tokens, (d_inner, nheads, *_) = projected_TE.shape[0], rest[-2]
+    out, y, diagonal = (
+        _fake((num_tokens, width), projected_TE, projected_TE.dtype) for width in (d_inner, d_inner, nheads)
+    )
+    return out, y, _fake((num_tokens,), projected_TE), diagonal
 
 
 @custom_op(f"{OPERATORS}::mix_backward", mutates_args=())
 def _mix_backward(
-    grad_out_TI: _Tensor, y_TI: _Tensor, inverse_T: _Tensor,
+    grad_out_TI: _Tensor, y_TI: _Tensor, inverse_T: _Tensor, diagonal_TH: _Tensor,
     projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
     D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
     starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
@@ -249,30 +252,32 @@ def _mix_backward(
     tensors = (
         conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
     )  # fmt: skip
-    kept = Kept(y_TI, inverse_T, None)
+    kept = Kept(y_TI, inverse_T, diagonal_TH, None)
     found = mix_backward(_shape(sizes, limits), None, grad_out_TI, kept, projected_TE, *parted(tensors))
     of_projection, *of_weights = (_or_empty(gradient, projected_TE) for gradient in found)
     return [of_projection, *(gradient.clone() for gradient in of_weights)]  # two may lie in one tensor
 
 
 @_mix_backward.register_fake
-def _(grad_out: _Tensor, y: _Tensor, inverse: _Tensor, projected_TE: _Tensor, *rest: Any) -> list[_Tensor]:
+def _(
+    grad_out: _Tensor, y: _Tensor, inverse: _Tensor, diagonal: _Tensor, projected_TE: _Tensor, *rest: Any
+) -> list[_Tensor]:
     given = (projected_TE, *rest[:8])
     return [
         _fake((0,), projected_TE) if tensor is None else _fake(tensor.shape, tensor, tensor.dtype) for tensor in given
     ]
 
 
-def _mix_keep(ctx: Any, inputs: Sequence[Any], output: tuple[_Tensor, _Tensor, _Tensor]) -> None:
+def _mix_keep(ctx: Any, inputs: Sequence[Any], output: tuple[_Tensor, _Tensor, _Tensor, _Tensor]) -> None:
     *tensors, ctx.sizes, ctx.limits = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.set_materialize_grads(False)
 
 
-def _mix_gradients(ctx: Any, grad_out: _Tensor, grad_y: None, grad_inverse: None) -> _Gradients:
+def _mix_gradients(ctx: Any, grad_out: _Tensor, *of_kept: None) -> _Gradients:
     tensors = ctx.saved_tensors
     found = _mix_backward(grad_out.contiguous(), *tensors, ctx.sizes, ctx.limits)
-    pairs = zip(tensors[2:11], found, strict=True)
+    pairs = zip(tensors[3:12], found, strict=True)
     return *(None if tensor is None else gradient for tensor, gradient in pairs), *(None,) * 5
 
 
@@ -287,7 +292,7 @@ def _mix_flops(projected: Sequence[int], conv: Sequence[int], *rest: Any, **_: A
 
 
 @register_flop_formula(getattr(torch.ops, OPERATORS).mix_backward)
-def _mix_backward_flops(grad_out: Any, y: Any, inverse: Any, *arguments: Any, **_: Any) -> int:
+def _mix_backward_flops(grad_out: Any, y: Any, inverse: Any, diagonal: Any, *arguments: Any, **_: Any) -> int:
     return 2 * _mix_flops(*arguments)
 
 

@@ -44,21 +44,23 @@ def neighbours(token, start, stop, live, num_tokens, ALIGNED: tl.constexpr, HAS_
 
 @triton.jit
 def apply_kernel(
-    values, x, dt, cumulative, B, C, diagonal, D, readout, doc_start, doc_end, chunk_start, chunk_document,
-    local, prefix, entering, out, grad_diagonal,
-    num_tokens, num_chunks, num_segments, num_documents, num_heads, heads_per_group,
-    stride_value_token, stride_value_head, stride_x_token, stride_x_head,
-    stride_B_direction, stride_B_token, stride_B_group, stride_C_direction, stride_C_token, stride_C_group,
-    stride_diagonal_token, stride_out_token, stride_out_head,
+    values, dt, cumulative, write_log, arrive, depart, B, C, diagonal, D, tall, wide, readout,
+    doc_start, doc_end, chunk_start, chunk_document, local, prefix, entering, out,
+    num_tokens, num_chunks, num_segments, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
+    stride_value_token: tl.constexpr, stride_value_head: tl.constexpr,
+    stride_B_direction, stride_B_token: tl.constexpr, stride_B_group,
+    stride_C_direction, stride_C_token: tl.constexpr, stride_C_group,
+    stride_diagonal_token: tl.constexpr, stride_out_token: tl.constexpr, stride_out_head: tl.constexpr,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
-    HAS_D: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    RANK: tl.constexpr, RANKS: tl.constexpr, TRANSPOSED: tl.constexpr, ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr,
+    HAS_DIAGONAL: tl.constexpr, HAS_D: tl.constexpr, HAS_RANK: tl.constexpr, HEADS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The sequence's matrix times values, for one chunk and some heads of a group.
+    """The sequence's matrix times values, for one chunk and some heads of a group; dt and the factors: see `Steps`.
 
     Grid (num_chunks, G * heads_per_group / HEADS). values is x, states those that enter the chunk, read with C.
     TRANSPOSED: values is the gradient of the output, states are the gradients of those that leave it, which B wrote to;
-    the result is the gradient of x, and grad_diagonal (T, H) fp32 that of the diagonal.
+    the result is the gradient of x. HAS_RANK: tall (T, H) fp32 times wide (H, H P) is added, RANK rows at a time.
     """
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
@@ -89,63 +91,81 @@ def apply_kernel(
         C + stride_C_direction, readout, outside_right, token + 1, right_known, right_given, stride_C_token,
         n, N, HAS_READOUT,
     )  # fmt: skip
-    below = token[:, None] > token[None, :]
-    lower = below & (start[:, None] <= token[None, :]) & live[:, None]
-    upper = (token[:, None] < token[None, :]) & (token[None, :] < stop[:, None]) & live[None, :]
-    score = tl.where(lower, tl.dot(Cf, tl.trans(Bf), input_precision=PRECISION), 0.0)
-    score = tl.where(upper, tl.dot(Cb, tl.trans(Bb), input_precision=PRECISION), score)
+    # entry [reader, writer] of the matrix, or [writer, reader] of the transposed one
     if TRANSPOSED:
-        touches_f = live & (token >= tl.load(doc_start + end - 1))
-        touches_b = live & (token < tl.load(doc_end + first))
+        reader, writer = token[None, :], token[:, None]
+        score_f = tl.dot(Bf, tl.trans(Cf), input_precision=PRECISION)
+        score_b = tl.dot(Bb, tl.trans(Cb), input_precision=PRECISION)
+        same_f = (start[None, :] <= writer) & live[None, :]
+        same_b = (writer < stop[None, :]) & live[:, None]
     else:
-        touches_f = live & ((start < first) | ALIGNED)
-        touches_b = live & ((stop > end) | ALIGNED)
+        reader, writer = token[:, None], token[None, :]
+        score_f = tl.dot(Cf, tl.trans(Bf), input_precision=PRECISION)
+        score_b = tl.dot(Cb, tl.trans(Bb), input_precision=PRECISION)
+        same_f = (start[:, None] <= writer) & live[:, None]
+        same_b = (writer < stop[:, None]) & live[None, :]
+    forward = reader > writer
+    score = tl.where(forward & same_f, score_f, 0.0)
+    score = tl.where((reader < writer) & same_b, score_b, score)
     tile = p[:, None] * N + n[None, :]
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
-    segment = chunk // R
+    place_f = chunk.to(tl.int64) * num_heads + first_head
+    place_b = place_f + num_chunks * num_heads
+    segment_f = (chunk // R).to(tl.int64) * num_heads + first_head
+    segment_b = segment_f + num_segments * num_heads
+    arrives_f, arrives_b = tl.load(prefix + place_f), tl.load(prefix + place_b)
+    r = tl.arange(0, RANK)
+    if HAS_RANK:
+        tall_QR = load_tile(tall, token, num_heads, live, r, num_heads).to(values.dtype.element_ty)
     for index in range(HEADS):
         head = first_head + index
         row = head.to(tl.int64) * num_tokens
         other_row = (num_heads + head).to(tl.int64) * num_tokens
-        dt_f = tl.load(dt + row + token, mask=live, other=0.0)
-        dt_b = tl.load(dt + other_row + token, mask=live, other=0.0)
-        upto_f = tl.load(cumulative + row + token, mask=live, other=0.0)
-        upto_b = tl.load(cumulative + other_row + token, mask=live, other=0.0)
-        before_f = tl.load(cumulative + row + token - 1, mask=left_known & (token > first), other=0.0)
-        before_b = tl.load(cumulative + other_row + token + 1, mask=right_known & (token + 1 < end), other=0.0)
-        exponent = tl.where(below, before_f[:, None] - upto_f[None, :], before_b[:, None] - upto_b[None, :])
-        # a masked score is 0 and an allowed exponent <= 0: the minimum keeps 0 * infinity away
-        matrix = score * tl.exp2(tl.minimum(exponent, 0.0)) * tl.where(below, dt_f[None, :], dt_b[None, :])
+        # what is not pipelined is asked for first, ahead of the barriers
+        if TRANSPOSED:
+            weight_f = tl.load(depart + row + token, mask=live, other=0.0)
+            weight_f *= tl.load(dt + row + token, mask=live, other=0.0)
+            weight_b = tl.load(depart + other_row + token, mask=live, other=0.0)
+            weight_b *= tl.load(dt + other_row + token, mask=live, other=0.0)
+        else:
+            weight_f = tl.load(arrive + row + token, mask=live, other=0.0)
+            weight_b = tl.load(arrive + other_row + token, mask=live, other=0.0)
         if HAS_DIAGONAL:
             diagonal_Q = tl.load(diagonal + token.to(tl.int64) * stride_diagonal_token + head, mask=live, other=0.0).to(
                 tl.float32
             )
             if HAS_D:
                 diagonal_Q += tl.load(D + head).to(tl.float32)
-            matrix = tl.where(token[:, None] == token[None, :], diagonal_Q[:, None], matrix)
+        state_f = load_state(local, entering, place_f + index, segment_f + index, arrives_f, tile, inside_pn, P * N)
+        state_b = load_state(local, entering, place_b + index, segment_b + index, arrives_b, tile, inside_pn, P * N)
+        # whether the next head's states need those of their segments is known before its turn comes
+        arrives_f = tl.load(prefix + place_f + index + 1, mask=index + 1 < HEADS, other=0.0)
+        arrives_b = tl.load(prefix + place_b + index + 1, mask=index + 1 < HEADS, other=0.0)
+        before_f = tl.load(cumulative + row + token - 1, mask=left_known & (token > first), other=0.0)
+        before_b = tl.load(cumulative + other_row + token + 1, mask=right_known & (token + 1 < end), other=0.0)
+        write_f = tl.load(write_log + row + token, mask=live, other=0.0)
+        write_b = tl.load(write_log + other_row + token, mask=live, other=0.0)
         value_QP = load_tile(values + head * stride_value_head, token, stride_value_token, live, p, P)
-        place = chunk.to(tl.int64) * num_heads + head
-        segment_place = segment.to(tl.int64) * num_heads + head
-        state_f = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
-        place += num_chunks * num_heads
-        segment_place += num_segments * num_heads
-        state_b = load_state(local, prefix, entering, place, segment_place, tile, inside_pn, P * N)
         if TRANSPOSED:
-            weight_f = dt_f * tl.exp2(tl.minimum(tl.load(cumulative + row + end - 1) - upto_f, 0.0))
-            weight_b = dt_b * tl.exp2(tl.minimum(tl.load(cumulative + other_row + first) - upto_b, 0.0))
-            out_f = tl.dot(Bf, tl.trans(state_f), input_precision=PRECISION)
-            out_b = tl.dot(Bb, tl.trans(state_b), input_precision=PRECISION)
-            matrix = tl.trans(matrix)
+            exponent = tl.where(forward, before_f[None, :] - write_f[:, None], before_b[None, :] - write_b[:, None])
+            state_readers_f, state_readers_b = Bf, Bb
         else:
-            weight_f, weight_b = tl.exp2(before_f), tl.exp2(before_b)
-            out_f = tl.dot(Cf, tl.trans(state_f), input_precision=PRECISION)
-            out_b = tl.dot(Cb, tl.trans(state_b), input_precision=PRECISION)
-        total = out_f * tl.where(touches_f, weight_f, 0.0)[:, None]
-        total += out_b * tl.where(touches_b, weight_b, 0.0)[:, None]
+            exponent = tl.where(forward, before_f[:, None] - write_f[None, :], before_b[:, None] - write_b[None, :])
+            state_readers_f, state_readers_b = Cf, Cb
+        # a masked score is 0: the minimum keeps 0 * infinity away
+        matrix = score * tl.exp2(tl.minimum(exponent, 126.0))
+        if HAS_DIAGONAL:
+            matrix = tl.where(reader == writer, diagonal_Q[:, None], matrix)
+        total = tl.dot(state_readers_f, tl.trans(state_f.to(Bf.dtype)), input_precision=PRECISION) * weight_f[:, None]
+        total += tl.dot(state_readers_b, tl.trans(state_b.to(Bf.dtype)), input_precision=PRECISION) * weight_b[:, None]
         total = tl.dot(matrix.to(value_QP.dtype), value_QP, total, input_precision=PRECISION)
-        if TRANSPOSED and HAS_DIAGONAL:
-            x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
-            on_it = tl.sum(x_QP.to(tl.float32) * value_QP.to(tl.float32), 1)
-            tl.store(grad_diagonal + token.to(tl.int64) * num_heads + head, on_it, mask=live)
+        if HAS_RANK:
+            wide_RP = load_tile(wide + head * P, r, num_heads * P, r < num_heads, p, P)
+            total = tl.dot(tall_QR, wide_RP, total, input_precision=PRECISION)
+            for rank in tl.static_range(1, RANKS):
+                h = rank * RANK + r
+                more_QR = load_tile(tall, token, num_heads, live, h, num_heads).to(values.dtype.element_ty)
+                wide_RP = load_tile(wide + head * P, h, num_heads * P, h < num_heads, p, P)
+                total = tl.dot(more_QR, wide_RP, total, input_precision=PRECISION)
         target = token.to(tl.int64)[:, None] * stride_out_token + head * stride_out_head + p[None, :]
         tl.store(out + target, total.to(out.dtype.element_ty), mask=live[:, None] & (p < P)[None, :])

@@ -17,42 +17,14 @@ from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
 from .triton_output import apply_kernel
 from .triton_states import pass_kernel, sweep_kernel
-from .triton_steps import steps_backward_kernel, steps_kernel
+from .triton_steps import Steps, steps_backward_kernel, steps_kernel
+from .tuned import Launch, Settings, settings
 
 _SEGMENT_TOKENS = 2048
-_HEADS_OF_STEPS = 16
+_HEADS_OF_STEPS = 8
+_SEGMENTS_AT_ONCE = 8
 _PROGRAMS_WANTED = 256
 """Heads of a group are shared out over so many programs that a GPU with 132 multiprocessors stays busy."""
-
-
-class Settings(NamedTuple):
-    """Tokens of a chunk and, for each kernel, (num_warps, num_stages). A longer chunk halves the states in memory and
-    doubles the matrix; what fits is decided by registers and shared memory."""
-
-    forward_chunk: int
-    backward_chunk: int
-    sweep: tuple[int, int]
-    output: tuple[int, int]
-    within: tuple[int, int]
-    across: tuple[int, int]
-
-
-def settings(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
-    """Fixed by shape and dtype: nothing is searched at the first step, and the same call always sums in one order."""
-    widest = max(padded_width(headdim), padded_width(d_state))
-    if dtype == torch.float32:
-        if widest > 64:
-            return Settings(32, 32, (4, 1), (8, 1), (8, 1), (8, 1))
-        return Settings(64, 32, (4, 3), (4, 3), (8, 2), (8, 2))
-    if (headdim, d_state) == (64, 64):
-        return Settings(64, 64, (4, 2), (4, 2), (4, 1), (4, 2))
-    if widest > 64:
-        return Settings(64, 32, (4, 3), (4, 3), (8, 2), (8, 2))
-    return Settings(128, 64, (4, 3), (8, 3), (8, 2), (8, 2))
-
-
-def _launch(warps_and_stages: tuple[int, int]) -> dict[str, int]:
-    return {"num_warps": warps_and_stages[0], "num_stages": warps_and_stages[1]}
 
 
 class ScanInputs(NamedTuple):
@@ -147,25 +119,27 @@ def _first_chunks(last_S: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(last_S[:-1] + 1, (1, 0))
 
 
-def _steps(inputs: ScanInputs, chunks: _Chunks) -> tuple[torch.Tensor, torch.Tensor]:
+def _steps(inputs: ScanInputs, chunks: _Chunks) -> Steps:
     num_tokens, num_heads = inputs.x_THP.shape[:2]
-    dt = torch.empty(2, num_heads, num_tokens, dtype=torch.float32, device=inputs.x_THP.device)
-    cumulative = torch.empty_like(dt)
+    of_tokens = inputs.x_THP.new_empty(5, 2, num_heads, num_tokens, dtype=torch.float32)
+    through = inputs.x_THP.new_empty(2, chunks.num, num_heads, dtype=torch.float32)
+    dt, cumulative, write_log, arrive, depart = of_tokens
+    steps = Steps(dt, cumulative, write_log, arrive, depart, through)
     steps_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
-        inputs.steps_2TH, inputs.bias_H, inputs.A_H, inputs.starts_T, inputs.ends_T, chunks.starts, dt, cumulative,
-        num_tokens, num_heads, *inputs.steps_2TH.stride(), *inputs.step_limit,
+        inputs.steps_2TH, inputs.bias_H, inputs.A_H, inputs.starts_T, inputs.ends_T, chunks.starts, *steps,
+        num_tokens, chunks.num, num_heads, *inputs.steps_2TH.stride(), *inputs.step_limit,
         Q=chunks.size, V=_HEADS_OF_STEPS, RAW=inputs.bias_H is not None, ALIGNED=chunks.starts is not None,
     )  # fmt: skip
-    return dt, cumulative
+    return steps
 
 
 def _sweep(
     inputs: ScanInputs,
     chunks: _Chunks,
-    dt: torch.Tensor,
-    cumulative: torch.Tensor,
+    steps: Steps,
     values_THP: torch.Tensor,
     edges_in: torch.Tensor | None,
+    launch: Launch,
     gradient: bool,
 ) -> _Swept:
     num_tokens, num_heads, headdim = inputs.x_THP.shape
@@ -183,14 +157,15 @@ def _sweep(
         edges_out = empty(2, chunks.num_documents, *state, dtype=torch.float32)
         edge_decay = empty(2, chunks.num_documents, num_heads, dtype=torch.float32)
     sweep_kernel[(2 * num_heads, chunks.num_segments)](
-        values_THP, vectors, dt, cumulative, inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents,
-        edges_in, inputs.readout_2SGN, local, prefix, total, total_decay, edges_out, edge_decay,
+        values_THP, vectors, steps.dt, steps.arrive, steps.depart, steps.through,
+        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, edges_in, inputs.readout_2SGN,
+        local, prefix, total, total_decay, edges_out, edge_decay,
         num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
         *values_THP.stride()[:2], *vectors.stride()[:3],
         P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
         R=chunks.per_segment, GRADIENT=gradient, ALIGNED=aligned, HAS_EDGE=edges_in is not None,
-        HAS_READOUT=inputs.readout_2SGN is not None, PRECISION=dot_precision(values_THP.dtype),
-        **_launch(settings(headdim, d_state, values_THP.dtype).sweep),
+        HAS_READOUT=inputs.readout_2SGN is not None, HAS_BESIDE=inputs.beside_2GN is not None,
+        PRECISION=dot_precision(values_THP.dtype), **launch._asdict(),
     )  # fmt: skip
     return _Swept(local, prefix, total, total_decay, edges_out, edge_decay, gradient)
 
@@ -204,7 +179,8 @@ def _pass(swept: _Swept, initial_2HPN: torch.Tensor | None) -> tuple[_States, to
     block = min(1024, triton.next_power_of_2(headdim * d_state))
     pass_kernel[(num_heads, 2, triton.cdiv(headdim * d_state, block))](
         swept.total, swept.total_decay, initial_2HPN, entering, leaving, decay, num_segments, num_heads,
-        ELEMENTS=headdim * d_state, BLOCK=block, GRADIENT=swept.of_gradient, HAS_INITIAL=initial_2HPN is not None,
+        ELEMENTS=headdim * d_state, BLOCK=block, AHEAD=_SEGMENTS_AT_ONCE,
+        GRADIENT=swept.of_gradient, HAS_INITIAL=initial_2HPN is not None,
     )  # fmt: skip
     return _States(swept.local, swept.prefix, entering, swept.of_gradient), leaving, decay
 
@@ -230,42 +206,52 @@ def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
 def _apply(
     inputs: ScanInputs,
     chunks: _Chunks,
-    dt: torch.Tensor,
-    cumulative: torch.Tensor,
+    steps: Steps,
     values_THP: torch.Tensor,
     states: _States,
     out_THP: torch.Tensor,
-    grad_diagonal_TH: torch.Tensor | None,
-    launch: tuple[int, int],
+    rank: tuple[torch.Tensor, torch.Tensor] | None,
+    launch: Launch,
 ) -> None:
-    """out = matrix x; with `states` those of the backward pass, out = transposed matrix values, and the diagonal's."""
+    """out = matrix x; with `states` those of the backward pass, out = transposed matrix values.
+
+    rank: to which the product of a (T, H) and an (H, H P) matrix is added.
+    """
     num_tokens, num_heads, headdim = values_THP.shape
     num_groups, d_state = inputs.B_2TGN.shape[2:]
     heads = _heads_per_program(chunks, num_heads, num_groups)
+    tall_TH, wide_HI = (None, None) if rank is None else rank
+    width = min(64, padded_width(num_heads))
     apply_kernel[(chunks.num, num_heads // heads)](
-        values_THP, inputs.x_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H,
+        values_THP, steps.dt, steps.cumulative, steps.write_log, steps.arrive, steps.depart,
+        inputs.B_2TGN, inputs.C_2TGN, inputs.diagonal_TH, inputs.D_H, tall_TH, wide_HI,
         inputs.readout_2SGN, inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents, *states[:3], out_THP,
-        grad_diagonal_TH, num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads,
-        num_heads // num_groups, *values_THP.stride()[:2], *inputs.x_THP.stride()[:2],
+        num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads,
+        num_heads // num_groups, *values_THP.stride()[:2],
         *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3],
         0 if inputs.diagonal_TH is None else inputs.diagonal_TH.stride(0), *out_THP.stride()[:2],
         P=headdim, N=d_state, PP=padded_width(headdim), NP=padded_width(d_state), Q=chunks.size,
-        R=chunks.per_segment, TRANSPOSED=states.of_gradient, ALIGNED=chunks.starts is not None,
-        HAS_READOUT=inputs.readout_2SGN is not None, HAS_DIAGONAL=inputs.diagonal_TH is not None,
-        HAS_D=inputs.D_H is not None, HEADS=heads, PRECISION=dot_precision(values_THP.dtype),
-        **_launch(launch),
+        R=chunks.per_segment, RANK=width, RANKS=triton.cdiv(num_heads, width), TRANSPOSED=states.of_gradient,
+        ALIGNED=chunks.starts is not None, HAS_READOUT=inputs.readout_2SGN is not None,
+        HAS_DIAGONAL=inputs.diagonal_TH is not None, HAS_D=inputs.D_H is not None, HAS_RANK=rank is not None,
+        HEADS=heads, PRECISION=dot_precision(values_THP.dtype), **launch._asdict(),
     )  # fmt: skip
 
 
+def settings_for(inputs: ScanInputs) -> Settings:
+    """Those of the device, for these widths and this dtype."""
+    return settings(inputs.x_THP.shape[-1], inputs.B_2TGN.shape[-1], inputs.x_THP.dtype, inputs.x_THP.device)
+
+
 def scan_forward(
-    inputs: ScanInputs, exchange: Exchange | None = None
+    inputs: ScanInputs, exchange: Exchange | None = None, chosen: Settings | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None, Entered | None]:
     """y (T, H, P); with borders the final states (2, S, H, P, N) fp32; with an exchange what it brought."""
     x_THP = inputs.x_THP
-    chosen = settings(x_THP.shape[-1], inputs.B_2TGN.shape[-1], x_THP.dtype)
+    chosen = chosen or settings_for(inputs)
     chunks = _chunks(inputs, chosen.forward_chunk)
-    dt, cumulative = _steps(inputs, chunks)
-    swept = _sweep(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    steps = _steps(inputs, chunks)
+    swept = _sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
     states, own, decay = _pass(swept, None)
     entered = None
     if exchange is not None:
@@ -274,7 +260,7 @@ def scan_forward(
         states, *_ = _pass(swept, entered.states_2HPN)
         inputs = inputs.with_readout(entered)
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
-    _apply(inputs, chunks, dt, cumulative, x_THP, states, y_THP, None, chosen.output)
+    _apply(inputs, chunks, steps, x_THP, states, y_THP, None, chosen.output)
     return y_THP, _edges(swept, states, chunks), entered
 
 
@@ -297,19 +283,24 @@ def scan_backward(
     grad_vectors_TV: torch.Tensor,
     exchange: Exchange | None = None,
     entered: Entered | None = None,
+    diagonal_weight_HI: torch.Tensor | None = None,
+    chosen: Settings | None = None,
 ) -> ScanGradients:
-    """Writes the gradients of x, of the steps, and of [B forward, C forward, B backward, C backward] (T, 4 G N)."""
+    """Writes the gradients of x, of the steps, and of [B forward, C forward, B backward, C backward] (T, 4 G N).
+
+    diagonal_weight: given, the diagonal is this matrix times x, whose gradient has that part too.
+    """
     x_THP = inputs.x_THP
     num_tokens, num_heads, headdim = x_THP.shape
     num_groups, d_state = inputs.B_2TGN.shape[2:]
-    chosen = settings(headdim, d_state, x_THP.dtype)
+    chosen = chosen or settings_for(inputs)
     chunks = _chunks(inputs, chosen.backward_chunk)
-    dt, cumulative = _steps(inputs, chunks)
+    steps = _steps(inputs, chunks)
     if entered is not None:
         inputs = inputs.with_readout(entered)
-    swept = _sweep(inputs, chunks, dt, cumulative, x_THP, inputs.initial_2SHPN, gradient=False)
+    swept = _sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
     states, *_ = _pass(swept, None if entered is None else entered.states_2HPN)
-    swept_back = _sweep(inputs, chunks, dt, cumulative, grad_y_THP, grad_final_2SHPN, gradient=True)
+    swept_back = _sweep(inputs, chunks, steps, grad_y_THP, grad_final_2SHPN, chosen.sweep, gradient=True)
     grads, own, decay = _pass(swept_back, None)
     edges_2SHPN = _edges(swept_back, grads, chunks)
     if exchange is not None:
@@ -318,16 +309,16 @@ def scan_backward(
     num_parts = num_heads // num_groups // heads
     width = num_groups * d_state
     parts = torch.empty(2, num_parts, num_tokens, 4 * width, dtype=torch.float32, device=x_THP.device)
-    read, written = torch.empty_like(dt), torch.empty_like(dt)
-    passed = torch.zeros(2, chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
+    sums = (torch.empty_like(steps.dt) for _ in range(4))
+    read, written, read_across, written_across = sums
+    kept = torch.empty_like(steps.through)
     grad_diagonal = None
     if inputs.diagonal_TH is not None:
         grad_diagonal = torch.empty(num_tokens, num_heads, dtype=torch.float32, device=x_THP.device)
-    _apply(inputs, chunks, dt, cumulative, grad_y_THP, grads, grad_x_THP, grad_diagonal, chosen.output)
     aligned = chunks.starts is not None
     tensors = (
-        x_THP, grad_y_THP, dt, cumulative, inputs.B_2TGN, inputs.C_2TGN, inputs.readout_2SGN,
-        inputs.starts_T, inputs.ends_T, chunks.starts, chunks.documents,
+        inputs.B_2TGN, inputs.C_2TGN, inputs.readout_2SGN, inputs.starts_T, inputs.ends_T, chunks.starts,
+        chunks.documents,
     )  # fmt: skip
     strides = (
         *x_THP.stride()[:2], *grad_y_THP.stride()[:2], *inputs.B_2TGN.stride()[:3], *inputs.C_2TGN.stride()[:3]
@@ -338,19 +329,27 @@ def scan_backward(
         "PRECISION": dot_precision(x_THP.dtype),
     }  # fmt: skip
     within_kernel[(chunks.num, num_heads // heads)](
-        *tensors, parts[0], read, written, num_tokens, chunks.num_documents, num_heads, num_heads // num_groups,
-        *strides, **options, **_launch(chosen.within),
+        x_THP, grad_y_THP, steps.dt, steps.cumulative, *tensors, parts[0], read, written, grad_diagonal,
+        num_tokens, chunks.num_documents, num_heads, num_heads // num_groups, *strides,
+        HAS_DIAGONAL=grad_diagonal is not None, **options, **chosen.within._asdict(),
     )  # fmt: skip
+    rank = None
+    if diagonal_weight_HI is not None:
+        assert grad_diagonal is not None
+        rank = grad_diagonal, diagonal_weight_HI
+    _apply(inputs, chunks, steps, grad_y_THP, grads, grad_x_THP, rank, chosen.transposed)
     across_kernel[(2 * chunks.num, num_heads // heads)](
-        *tensors, *states[:3], *grads[:3], parts[1], read, written, passed,
+        x_THP, grad_y_THP, steps.dt, steps.arrive, steps.depart, *tensors, *states[:3], *grads[:3],
+        parts[1], read_across, written_across, kept,
         num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
-        *strides, R=chunks.per_segment, **options, **_launch(chosen.across),
+        *strides, R=chunks.per_segment, **options, **chosen.across._asdict(),
     )  # fmt: skip
     grad_A = torch.zeros(chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
     grad_bias = None if inputs.bias_H is None else torch.zeros_like(grad_A)
     steps_backward_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
-        inputs.steps_2TH, inputs.bias_H, inputs.A_H, dt, read, written, passed, inputs.starts_T, inputs.ends_T,
-        chunks.starts, grad_steps_2TH, grad_A, grad_bias, num_tokens, chunks.num, num_heads,
+        inputs.steps_2TH, inputs.bias_H, inputs.A_H, steps.dt, steps.through, read, written, read_across,
+        written_across, kept, inputs.starts_T, inputs.ends_T, chunks.starts, grad_steps_2TH, grad_A, grad_bias,
+        num_tokens, chunks.num, num_heads,
         *inputs.steps_2TH.stride(), *grad_steps_2TH.stride(), *inputs.step_limit,
         Q=chunks.size, V=_HEADS_OF_STEPS, RAW=inputs.bias_H is not None, ALIGNED=aligned,
     )  # fmt: skip

@@ -13,20 +13,53 @@ from .triton_steps import chunk_bounds
 
 
 @triton.jit
+def _edge_weights(
+    chunk, exists, first, end, line, dt, arrive, depart, through, direction, num_chunks, num_heads, head,
+    Q: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """What each token's values count in the state behind the chunk, and what the state before it does."""
+    token = first + tl.arange(0, Q)
+    live = token < end
+    if GRADIENT:
+        weight = tl.load(arrive + line + token, mask=live, other=0.0)
+    else:
+        weight = tl.load(depart + line + token, mask=live, other=0.0) * tl.load(dt + line + token, mask=live, other=0.0)
+    place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
+    return weight, tl.load(through + place, mask=exists, other=1.0)
+
+
+@triton.jit
+def _chunk_of_step(
+    step, segment, ascending, chunk_start, doc_end, num_tokens, num_chunks,
+    Q: tl.constexpr, R: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The chunk of a segment that is visited then, whether there is one, its first token and its end."""
+    chunk = segment * R + tl.where(ascending, step, R - 1 - step)
+    first, end = chunk_bounds(tl.minimum(chunk, num_chunks - 1), chunk_start, doc_end, num_tokens, Q, ALIGNED)
+    exists = (chunk < num_chunks) & (first < end)
+    return chunk, exists, first, tl.where(exists, end, first)
+
+
+@triton.jit
 def sweep_kernel(
-    values, vectors, dt, cumulative, doc_start, doc_end, chunk_start, chunk_document, edge_in, readout,
+    values, vectors, dt, arrive, depart, through, doc_start, doc_end, chunk_start, chunk_document, edge_in, readout,
     local, prefix, total, total_decay, edge_out, edge_decay,
-    num_tokens, num_chunks, num_segments, num_documents, num_heads, heads_per_group,
-    stride_value_token, stride_value_head, stride_vector_direction, stride_vector_token, stride_vector_group,
+    num_tokens, num_chunks, num_segments, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
+    stride_value_token: tl.constexpr, stride_value_head: tl.constexpr,
+    stride_vector_direction, stride_vector_token: tl.constexpr, stride_vector_group,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
     GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_EDGE: tl.constexpr, HAS_READOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    HAS_BESIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One segment of R chunks, head and direction. Grid (2 H, num_segments).
+    """Grid (2 H, num_segments), the two directions of a head side by side: they read the same tokens.
+
+    local (2, num_chunks, H, P, N) in the values' dtype and prefix (2, num_chunks, H) fp32: what enters each chunk.
+    total (2, num_segments, H, P, N) and total_decay fp32: what leaves each segment. dt and the factors: see `Steps`.
 
     GRADIENT: values is the gradient of the output, vectors is C, and what enters a chunk is the gradient of the state
     that leaves it. ALIGNED: each chunk belongs to one document, whose state starts as edge_in (2, S, H, P, N), or zero,
-    and ends in edge_out, up to edge_decay times what enters the segment.
+    and ends in edge_out, up to edge_decay times what enters the segment. HAS_BESIDE: C has rows in front of its first
+    token and behind its last.
     """
     direction = tl.program_id(0) % 2
     head = tl.program_id(0) // 2
@@ -38,17 +71,18 @@ def sweep_kernel(
     tile = p[:, None] * N + n[None, :]
     values += head * stride_value_head
     vectors += direction * stride_vector_direction + group * stride_vector_group
-    dt += (direction * num_heads + head).to(tl.int64) * num_tokens
-    cumulative += (direction * num_heads + head).to(tl.int64) * num_tokens
+    line = (direction * num_heads + head).to(tl.int64) * num_tokens
     state = tl.zeros((PP, NP), tl.float32)
     decay = 1.0
+    chunk, exists, first, end = _chunk_of_step(
+        0, segment, ascending, chunk_start, doc_end, num_tokens, num_chunks, Q, R, ALIGNED
+    )
+    weight, factor = _edge_weights(
+        chunk, exists, first, end, line, dt, arrive, depart, through, direction, num_chunks,
+        num_heads, head, Q, GRADIENT,
+    )  # fmt: skip
     for step in range(R):
-        chunk = segment * R + tl.where(ascending, step, R - 1 - step)
         if ALIGNED:
-            chunk_exists = chunk < num_chunks
-            first, end = chunk_bounds(tl.minimum(chunk, num_chunks - 1), chunk_start, doc_end, num_tokens, Q, ALIGNED)
-            exists = chunk_exists & (first < end)
-            end = tl.where(exists, end, first)
             document = tl.load(chunk_document + chunk, mask=exists, other=0)
             at_start = exists & (first == tl.load(doc_start + first, mask=exists, other=-1))
             at_end = exists & (end == tl.load(doc_end + first, mask=exists, other=-1))
@@ -61,38 +95,21 @@ def sweep_kernel(
             else:
                 state = tl.where(enters, 0.0, state)
             decay = tl.where(enters, 0.0, decay)
-        else:
-            first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
-            exists = first < end
         place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
         tl.store(local + place * (P * N) + tile, state.to(local.dtype.element_ty), mask=inside_pn & exists)
         tl.store(prefix + place, decay, mask=exists)
 
         token = first + tl.arange(0, Q)
         live = token < end
-        edge = tl.where(direction == 0, end - 1, first)
-        edge_log = tl.load(cumulative + edge, mask=exists, other=0.0)
-        edge_start = tl.load(doc_start + edge, mask=exists, other=0)
-        edge_end = tl.load(doc_end + edge, mask=exists, other=0)
-        passes = tl.where(direction == 0, edge_start < first, edge_end > end) | ALIGNED
-        factor = tl.where(exists, tl.where(passes, tl.exp2(edge_log), 0.0), 1.0)
+        source, known = token, live
         if GRADIENT:
-            start = tl.load(doc_start + token, mask=live, other=0)
-            stop = tl.load(doc_end + token, mask=live, other=0)
             source = token + tl.where(direction == 0, -1, 1)
-            in_document = live & (source >= start) & (source < stop)
-            known = in_document
-            if HAS_READOUT:  # else C has rows where documents go on
-                known = in_document & (source >= 0) & (source < num_tokens)
-            log_weight = tl.load(cumulative + source, mask=known & (source >= first) & (source < end), other=0.0)
-            reads = live & (tl.where(direction == 0, start < first, stop > end) | ALIGNED)
-            weight = tl.where(reads, tl.exp2(log_weight), 0.0)
-        else:
-            source = token
-            known = live
-            written = live & (token >= edge_start) & (token < edge_end)
-            log_weight = edge_log - tl.load(cumulative + token, mask=live, other=0.0)
-            weight = tl.where(written, tl.exp2(log_weight) * tl.load(dt + token, mask=live, other=0.0), 0.0)
+            if ALIGNED:
+                start = tl.load(doc_start + token, mask=live, other=0)
+                stop = tl.load(doc_end + token, mask=live, other=0)
+                known = live & (source >= start) & (source < stop)
+            elif not HAS_BESIDE:
+                known = live & (source >= 0) & (source < num_tokens)
         value = tl.load(
             values + token.to(tl.int64)[:, None] * stride_value_token + p[None, :],
             mask=live[:, None] & (p < P)[None, :], other=0.0,
@@ -107,10 +124,18 @@ def sweep_kernel(
             if ALIGNED:
                 of_document += document
             outside = (of_document.to(tl.int64) * num_groups + group) * N
-            given = ~known & (live if ALIGNED else in_document)
+            given = live & ~known
             vector += tl.load(readout + outside + n[None, :], mask=given[:, None] & (n < N)[None, :], other=0.0).to(
                 vector.dtype
             )
+        # the next chunk's factors are on their way while this one's product is made
+        next_chunk, next_exists, next_first, next_end = _chunk_of_step(
+            tl.minimum(step + 1, R - 1), segment, ascending, chunk_start, doc_end, num_tokens, num_chunks, Q, R, ALIGNED
+        )
+        next_weight, next_factor = _edge_weights(
+            next_chunk, next_exists, next_first, next_end, line, dt, arrive, depart, through, direction, num_chunks,
+            num_heads, head, Q, GRADIENT,
+        )  # fmt: skip
         weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
         state = tl.dot(tl.trans(weighted), vector, state * factor, input_precision=PRECISION)
         decay *= factor
@@ -118,6 +143,8 @@ def sweep_kernel(
             tl.store(edge_out + edge_place + tile, state, mask=inside_pn & leaves)
             edge_slot = (direction * num_documents + document).to(tl.int64) * num_heads + head
             tl.store(edge_decay + edge_slot, decay, mask=leaves)
+        chunk, exists, first, end = next_chunk, next_exists, next_first, next_end
+        weight, factor = next_weight, next_factor
     place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
     tl.store(total + place * (P * N) + tile, state, mask=inside_pn)
     tl.store(total_decay + place, decay)
@@ -126,7 +153,8 @@ def sweep_kernel(
 @triton.jit
 def pass_kernel(
     total, total_decay, initial, entering, leaving, decay, num_segments, num_heads,
-    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, GRADIENT: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
 ):  # fmt: skip
     """Entering state of every segment from the segments' own, the state behind the last, and the decay of it all.
 
@@ -143,24 +171,30 @@ def pass_kernel(
     factor = 1.0
     step = 0
     while step < num_segments:  # the interpreter cannot count to a number known at run time
-        segment = tl.where(ascending, step, num_segments - 1 - step)
-        place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
-        own = tl.load(total + place * ELEMENTS + element, mask=inside, other=0.0)
-        tl.store(entering + place * ELEMENTS + element, state.to(entering.dtype.element_ty), mask=inside)
-        own_decay = tl.load(total_decay + place)
-        state = state * own_decay + own
-        factor = factor * own_decay
-        step += 1
+        owns, decays = (), ()  # of several segments: their loads wait for memory together
+        for ahead in tl.static_range(AHEAD):
+            segment = tl.where(ascending, step + ahead, num_segments - 1 - step - ahead)
+            place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
+            exists = step + ahead < num_segments
+            owns += (tl.load(total + place * ELEMENTS + element, mask=inside & exists, other=0.0),)  # type: ignore[assignment]
+            decays += (tl.load(total_decay + place, mask=exists, other=1.0),)  # type: ignore[assignment]
+        for ahead in tl.static_range(AHEAD):
+            segment = tl.where(ascending, step + ahead, num_segments - 1 - step - ahead)
+            place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
+            target = entering + place * ELEMENTS + element
+            tl.store(target, state.to(entering.dtype.element_ty), mask=inside & (step + ahead < num_segments))
+            state = state * decays[ahead] + owns[ahead]
+            factor = factor * decays[ahead]
+        step += AHEAD
     tl.store(leaving + edge * ELEMENTS + element, state, mask=inside)
     tl.store(decay + edge, factor)
 
 
 @triton.jit
-def load_state(local, prefix, entering, place, segment_place, tile, mask, ELEMENTS: tl.constexpr):
-    """The state entering a chunk, in the dtype of `local`: the segment's own plus what came into the segment."""
+def load_state(local, entering, place, segment_place, factor, tile, mask, ELEMENTS: tl.constexpr):
+    """The state entering a chunk, fp32: the segment's own, plus `factor` times what came into the segment."""
     own = tl.load(local + place * ELEMENTS + tile, mask=mask, other=0.0)
-    factor = tl.load(prefix + place)
     came = tl.load(
         entering + segment_place * ELEMENTS + tile, mask=mask & (tl.broadcast_to(factor, mask.shape) > 0.0), other=0.0
     )
-    return (own.to(tl.float32) + factor * came.to(tl.float32)).to(own.dtype)
+    return own.to(tl.float32) + factor * came.to(tl.float32)

@@ -1,11 +1,32 @@
-"""Step sizes and decays: from raw steps to dt and its running sums within each chunk, and the way back.
+"""Step sizes and decays: from raw steps to dt and all factors that other kernels read, and the way back.
 
 Running sums are inclusive, of log2 of the decay, dt A log2(e): forward from the first token of the chunk or of the
 token's document, whichever is later; backward from the last. They restart at documents, so no document enters another's
-rounding. Shape letters as in triton_scan; E tokens of a chunk, V heads of a program.
+rounding. Which tokens the states at a chunk's edges touch is decided here, and only here. Shape letters as in
+triton_scan; V heads of a program.
 """
 
+from typing import NamedTuple
+
+import torch
+
 from .triton_language import tl, triton
+
+
+class Steps(NamedTuple):
+    """Of every token (2, H, T), and of every chunk (2, K, H)."""
+
+    dt: torch.Tensor
+    cumulative: torch.Tensor
+    """Inclusive running sums of log2 of the decays."""
+    write_log: torch.Tensor
+    """cumulative - log2(dt), so that i reads j < i with 2^(cumulative[i - 1] - write_log[j]); dt at least 2^-126."""
+    arrive: torch.Tensor
+    """How much of the state that enters the chunk reaches a token; 0 behind a border of documents."""
+    depart: torch.Tensor
+    """How much of what a token writes, but for its dt, reaches the state that leaves; 0 in front of such a border."""
+    through: torch.Tensor
+    """How much of the state that enters a chunk leaves it; 1 for chunks that do not exist."""
 
 
 @triton.jit
@@ -34,17 +55,19 @@ def _softplus(x):
 
 @triton.jit
 def steps_kernel(
-    raw, bias, A, doc_start, doc_end, chunk_start, dt_out, cumulative_out,
-    num_tokens, num_heads, stride_direction, stride_token, stride_head, limit_low, limit_high,
+    raw, bias, A, doc_start, doc_end, chunk_start,
+    dt_out, cumulative_out, write_log_out, arrive_out, depart_out, through,
+    num_tokens, num_chunks, num_heads, stride_direction, stride_token, stride_head, limit_low, limit_high,
     Q: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """dt and its running sums (2, H, T) fp32. RAW: dt = clamp(softplus(raw + bias)) and A holds log(-A)."""
-    first, end = chunk_bounds(tl.program_id(0), chunk_start, doc_end, num_tokens, Q, ALIGNED)
+    """The fields of `Steps`, fp32. RAW: dt = clamp(softplus(raw + bias)) and A holds log(-A)."""
+    chunk = tl.program_id(0)
+    first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
     head = tl.program_id(1) * V + tl.arange(0, V)
     token = first + tl.arange(0, Q)
     live = (token < end)[:, None] & (head < num_heads)[None, :]
-    starts = token == tl.load(doc_start + token, mask=token < end, other=-1)
-    ends = token + 1 == tl.load(doc_end + token, mask=token < end, other=-1)
+    start = tl.load(doc_start + token, mask=token < end, other=-1)
+    stop = tl.load(doc_end + token, mask=token < end, other=-1)
     A_V = tl.load(A + head, mask=head < num_heads, other=0.0).to(tl.float32)
     if RAW:
         A_V = -tl.exp(A_V)
@@ -55,17 +78,41 @@ def steps_kernel(
         if RAW:
             dt = tl.minimum(tl.maximum(_softplus(dt + bias_V[None, :]), limit_low), limit_high)
             dt = tl.where(live, dt, 0.0)
-        restart = tl.broadcast_to((starts if direction == 0 else ends).to(tl.int32)[:, None], (Q, V))
+        restart = tl.broadcast_to((token == (start if direction == 0 else stop - 1)).to(tl.int32)[:, None], (Q, V))
         log_decay = dt * A_V[None, :] * 1.4426950408889634
         cumulative, _ = tl.associative_scan((log_decay, restart), 0, _add_or_restart, reverse=direction == 1)
+        # states enter at one edge of the chunk and leave at the other, through the document that lies there
+        if direction == 0:
+            last = end - 1
+            reads = (start < first) | ALIGNED
+        else:
+            last = first
+            reads = (stop > end) | ALIGNED
+        last_start = tl.load(doc_start + last, mask=first < end, other=0)
+        last_stop = tl.load(doc_end + last, mask=first < end, other=0)
+        writes = (token >= last_start) & (token < last_stop)
+        whole = tl.sum(tl.where((token == last)[:, None], cumulative, 0.0), 0)
+        arrive = tl.where(reads[:, None], tl.exp2(tl.minimum(cumulative - log_decay, 0.0)), 0.0)
+        depart = tl.where(writes[:, None], tl.exp2(tl.minimum(whole[None, :] - cumulative, 0.0)), 0.0)
         place = (direction * num_heads + head).to(tl.int64)[None, :] * num_tokens + token[:, None]
         tl.store(dt_out + place, dt, mask=live)
         tl.store(cumulative_out + place, cumulative, mask=live)
+        tl.store(write_log_out + place, cumulative - tl.log2(tl.maximum(dt, 1.2e-38)), mask=live)
+        tl.store(arrive_out + place, arrive, mask=live)
+        tl.store(depart_out + place, depart, mask=live)
+        if direction == 0:
+            passes = (last_start < first) | ALIGNED
+        else:
+            passes = (last_stop > end) | ALIGNED
+        factor = tl.where(first < end, tl.where(passes, tl.exp2(whole), 0.0), 1.0)
+        chunk_place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
+        tl.store(through + chunk_place, factor, mask=head < num_heads)
 
 
 @triton.jit
 def steps_backward_kernel(
-    raw, bias, A, dt, read, written, passed, doc_start, doc_end, chunk_start, grad_raw, grad_A, grad_bias,
+    raw, bias, A, dt, through, read, written, read_across, written_across, kept, doc_start, doc_end, chunk_start,
+    grad_raw, grad_A, grad_bias,
     num_tokens, num_chunks, num_heads, stride_direction, stride_token, stride_head,
     grad_stride_direction, grad_stride_token, grad_stride_head, limit_low, limit_high,
     Q: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, ALIGNED: tl.constexpr,
@@ -73,8 +120,9 @@ def steps_backward_kernel(
     """Gradients of the raw steps, and per chunk of A (RAW: of log(-A)) and of the bias, (num_chunks, H) fp32.
 
     read[i], written[j] (2, H, T): sums of dM M over the row of a reading token and, without dt, over the column of a
-    written one; passed (2, num_chunks, H): the same of what leaves the chunk. The exponent of M[i, j] is the sum of
-    log decays strictly between j and i: a running sum from the far side of read minus written.
+    written one, within the chunk and across its borders; kept (2, num_chunks, H): the entering state times the
+    gradient of the leaving one. The exponent of M[i, j] is the sum of log decays strictly between j and i: a running
+    sum from the far side of read minus written.
     """
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
@@ -92,23 +140,28 @@ def steps_backward_kernel(
     for direction in tl.static_range(2):
         place = (direction * num_heads + head).to(tl.int64)[None, :] * num_tokens + token[:, None]
         dt_QV = tl.load(dt + place, mask=live, other=0.0)
-        written_QV = tl.load(written + place, mask=live, other=0.0)
+        crossing = tl.load(written_across + place, mask=live, other=0.0)
+        written_QV = tl.load(written + place, mask=live, other=0.0) + crossing
         # the token that reads behind this one: its exponent ends with this one's decay
         if direction == 0:
             reader = token + 1
             same = (reader < end) & (reader < stop)
             edge = token + 1 == end
             restart = token + 1 == stop
-            read_QV = tl.load(read + place + 1, mask=live & same[:, None], other=0.0)
+            reader_place = place + 1
         else:
             reader = token - 1
             same = (reader >= first) & (reader >= start)
             edge = token == first
             restart = token == start
-            read_QV = tl.load(read + place - 1, mask=live & same[:, None], other=0.0)
-        passed_V = tl.load(
-            passed + (direction * num_chunks + chunk).to(tl.int64) * num_heads + head, mask=head < num_heads, other=0.0
-        )
+            reader_place = place - 1
+        read_QV = tl.load(read + reader_place, mask=live & same[:, None], other=0.0)
+        read_QV += tl.load(read_across + reader_place, mask=live & same[:, None], other=0.0)
+        # what leaves the chunk: of the state that came in, and of what the tokens wrote
+        chunk_place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
+        passed_V = tl.load(kept + chunk_place, mask=head < num_heads, other=0.0)
+        passed_V = passed_V * tl.load(through + chunk_place, mask=head < num_heads, other=0.0)
+        passed_V += tl.sum(crossing * dt_QV, 0)
         change = read_QV - written_QV * dt_QV + tl.where(edge[:, None] & live, passed_V[None, :], 0.0)
         restart_QV = tl.broadcast_to(restart.to(tl.int32)[:, None], (Q, V))
         log_grad, _ = tl.associative_scan((change, restart_QV), 0, _add_or_restart, reverse=direction == 0)

@@ -1,0 +1,130 @@
+"""How the scan's kernels are launched: from a file that was measured on this kind of device, from the table that is
+shipped, or by a rule. Nothing is searched while a model runs; `hydra-scale bench tune` measures and writes the file.
+
+The same device with the same file always sums in the same order, so results stay equal bit for bit.
+"""
+
+import json
+import os
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .triton_language import padded_width, triton
+
+FOLDER = "HYDRA_KERNELS_TUNED"
+"""Environment variable with the folder of the files; absent: ~/.cache/hydra_kernels."""
+
+
+class Launch(NamedTuple):
+    """How a kernel is compiled: warps of a program, stages of its loop's pipeline."""
+
+    num_warps: int
+    num_stages: int
+
+
+class Settings(NamedTuple):
+    """Tokens of a chunk, and the kernels' launches. A longer chunk halves the states in memory and doubles the matrix;
+    what fits is decided by registers and shared memory."""
+
+    forward_chunk: int
+    backward_chunk: int
+    sweep: Launch
+    output: Launch
+    transposed: Launch
+    within: Launch
+    across: Launch
+
+
+KERNELS = ("sweep", "output", "transposed", "within", "across")
+"""The fields of `Settings` that are launches."""
+
+_Key = tuple[int, int, str]
+"""headdim, d_state, dtype."""
+
+SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {
+    (9, 0): {
+        (64, 64, "bfloat16"): Settings(64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2)),
+    }
+}
+"""By compute capability; measured on an NVIDIA H100 80GB HBM3 by `hydra-scale bench tune`."""
+
+
+def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.device) -> Settings:
+    """For kernels on tensors of `dtype` on `device`.
+
+    Raises ValueError, naming file and key, if the device's file cannot be understood.
+    """
+    key = (headdim, d_state, str(dtype).removeprefix("torch."))
+    if device.type == "cuda":
+        measured = read(file_of(device)).get(key)
+        shipped = SHIPPED.get(torch.cuda.get_device_capability(device), {}).get(key)
+        if measured or shipped:
+            return measured or shipped  # type: ignore[return-value]
+    return by_rule(headdim, d_state, dtype)
+
+
+def by_rule(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
+    """What has worked at these widths on an H100, for shapes and devices that nobody measured."""
+    widest = max(padded_width(headdim), padded_width(d_state))
+    if dtype == torch.float32:
+        if widest > 64:
+            return Settings(32, 32, Launch(4, 1), *(Launch(8, 1),) * 4)
+        return Settings(64, 32, *(Launch(4, 3),) * 3, *(Launch(8, 2),) * 2)
+    if (headdim, d_state) == (64, 64):
+        return Settings(64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2))
+    if widest > 64:
+        return Settings(64, 32, *(Launch(4, 3),) * 3, *(Launch(8, 2),) * 2)
+    return Settings(128, 64, Launch(4, 3), *(Launch(8, 3),) * 2, *(Launch(8, 2),) * 2)
+
+
+def file_of(device: torch.device) -> Path:
+    """Where the measured settings of a device lie: one file for each kind of device and release of Triton."""
+    folder = os.environ.get(FOLDER)
+    base = Path(folder) if folder else Path.home() / ".cache" / "hydra_kernels"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    release = ".".join(triton.__version__.split(".")[:2])
+    return base / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-triton-{release}.json"
+
+
+@cache
+def read(path: Path) -> dict[_Key, Settings]:
+    """The settings in a file; none if there is no file. Read once in a process, so that a run never changes midway."""
+    try:
+        text = path.read_text()
+    except FileNotFoundError:
+        return {}
+    try:
+        return {(row["headdim"], row["d_state"], row["dtype"]): _settings(row) for row in json.loads(text)}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path}: not a file of kernel settings ({type(error).__name__}: {error}); delete it, and measure again "
+            "with `hydra-scale bench tune`"
+        ) from None
+
+
+def write(path: Path, found: dict[_Key, Settings]) -> None:
+    """Add settings to a file, or replace those of the same shapes; whole or not at all."""
+    rows = [
+        {"headdim": headdim, "d_state": d_state, "dtype": dtype} | chosen._asdict()
+        for (headdim, d_state, dtype), chosen in sorted((read(path) | found).items())
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(rows, indent=1))
+    aside.replace(path)
+    read.cache_clear()
+
+
+def _settings(row: dict[str, Any]) -> Settings:
+    sizes = [row["forward_chunk"], row["backward_chunk"]]
+    launches = [Launch(*row[name]) for name in KERNELS]
+    numbers = [*sizes, *(value for launch in launches for value in launch)]
+    if any(not isinstance(value, int) or value < 1 for value in numbers):
+        raise ValueError(f"expected positive whole numbers, found {numbers}")
+    if any(size < 16 or size & (size - 1) for size in sizes):
+        raise ValueError(f"chunks of {sizes} tokens; expected powers of two from 16")
+    return Settings(*sizes, *launches)
