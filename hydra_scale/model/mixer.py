@@ -1,5 +1,7 @@
 """The Hydra mixer as a layer of the encoder: megatron-core's linear layers around the operations of hydra_kernels."""
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -16,7 +18,7 @@ from hydra_kernels import (
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.scan_stretch import scan_stretch
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.parallel.context import StateExchange, with_halo
+from hydra_scale.parallel.context import StateExchange, projected_with_halo, with_halo
 from hydra_scale.parallel.tensor import (
     ColumnLinear,
     RowLinear,
@@ -93,9 +95,7 @@ class HydraLayerMixer(nn.Module):
         stretch, and the scan, by the states that enter it.
         """
         context, divided_heads = stretch.context, self._tensor.size > 1
-        x_TD = with_all_tokens(x_TD, self._tensor)
-        x_TD = x_TD if context is None else with_halo(x_TD, stretch.halo, context)
-        projected_1RE = self.in_proj(x_TD)[None]
+        projected_1RE = self._project(x_TD, stretch)[None]
         if context is not None and not divided_heads and self._runs_fused(projected_1RE, context):
             return self._mix_of_stretch(projected_1RE, stretch, context)
         backend, weights = self._mixer.backend, self._weights()
@@ -123,6 +123,15 @@ class HydraLayerMixer(nn.Module):
             backend=backend,
         )
         return mixed_1TI[0]
+
+    def _project(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
+        """Of the rank's tokens, and of those beside them that the convolution reads."""
+        context = stretch.context
+        if context is None:
+            return self.in_proj(with_all_tokens(x_TD, self._tensor))
+        if self._tensor.size > 1:
+            return self.in_proj(with_halo(with_all_tokens(x_TD, self._tensor), stretch.halo, context))
+        return self.in_proj(x_TD, partial(projected_with_halo, width=stretch.halo, context=context))
 
     def _runs_fused(self, projected_1RE: torch.Tensor, context: Context) -> bool:
         whole_heads = context.exchange != "heads" and self.init_states is None

@@ -72,6 +72,43 @@ def with_halo(x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
     return _Halo.apply(x_TD, width, context)
 
 
+class _ProjectedWithHalo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
+        beside = torch.cat(swap(context, x_TD[:width], x_TD[-width:]))
+        weight_DE = weight_ED.to(x_TD.dtype).T
+        projected = x_TD.new_empty(len(x_TD) + 2 * width, len(weight_ED))
+        torch.mm(x_TD, weight_DE, out=projected[width:-width])
+        projected[:width], projected[-width:] = (beside @ weight_DE).chunk(2)
+        ctx.width, ctx.context = width, context
+        ctx.save_for_backward(x_TD, beside, weight_ED)
+        return projected
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TD, beside, weight_ED = ctx.saved_tensors
+        width = ctx.width
+        grad_with_halo = grad @ weight_ED.to(grad.dtype)
+        from_left, from_right = swap(ctx.context, grad_with_halo[:width], grad_with_halo[-width:])
+        grad_x = grad_with_halo[width:-width]
+        grad_x[:width] += from_left
+        grad_x[-width:] += from_right
+        of_beside = torch.cat((grad[:width], grad[-width:]))
+        grad_weight = torch.addmm(of_beside.T @ beside, grad[width:-width].T, x_TD)
+        return grad_x, grad_weight.to(weight_ED.dtype), None, None
+
+
+def projected_with_halo(x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
+    """`with_halo` times a matrix, in x's dtype: (T, D) to (T + 2 width, E).
+
+    The neighbours' rows are multiplied apart, for to lay them beside this rank's is a copy of all of them.
+    """
+    if width == 0:
+        return torch.nn.functional.linear(x_TD, weight_ED.to(x_TD.dtype))
+    return _ProjectedWithHalo.apply(x_TD, weight_ED, width, context)
+
+
 class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(

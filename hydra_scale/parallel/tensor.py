@@ -4,6 +4,7 @@ They allocate without initialising: `hydra_scale.model.initialise` draws every t
 initial weights do not depend on the layout. Every divided parameter knows its place (`placement`).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -124,11 +125,19 @@ class ColumnLinear(ColumnParallelLinear):
             if shared is not None:
                 setattr(self, f"shared_{name}", shared.parameter(shape, name))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """In the dtype of autocast where that is on. x holds all tokens (`with_all_tokens`)."""
+    def forward(
+        self, x: torch.Tensor, multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """In the dtype of autocast where that is on. x holds all tokens (`with_all_tokens`).
+
+        multiply: how x and W are, in place of x W^T, where the gradient of x needs no sum over the ranks.
+        """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # megatron keeps its input for the backward pass as given
-        product, _ = super().forward(x, weight=self._joined("weight"))
+        if multiply is None:
+            product, _ = super().forward(x, weight=self._joined("weight"))
+        else:
+            product = multiply(x, self._joined("weight"))
         return product if self.bias is None else _with_bias(product, self._joined("bias"))
 
     def _joined(self, name: str) -> torch.Tensor:
