@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from disturbed import train_with_bad_gradients
 from figures import Figures
 from ranks import run_ranks
-from runs import assert_same_run, fault_of, ledger, notes, rows, train, weights
-from safetensors import safe_open
+from runs import assert_same_run, fault_of, ledger, notes, rows, same_state, train, weights
 
 from hydra_scale.run_folder import RunFolder
 
@@ -20,44 +20,13 @@ SETTINGS = [
 BAD = 4
 
 
-def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Parameters and moments as the files of a checkpoint hold them."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(RunFolder(run).checkpoints.at(step).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {f"{path.name} {name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
-
-
-def same(run: Path, one: int, other: int) -> bool:
-    first, second = state(run, one), state(run, other)
-    assert first and first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: int) -> str:
-    """The gradients of the last rank are NaN from the first to the last of these passes; returns what ends the run."""
-    from hydra_scale.parallel.zero import ZeroOptimizer
-
-    accumulate, calls = ZeroOptimizer.accumulate, 0
-
-    def disturbed(self: Any, batches: Any, scale: float) -> Any:
-        nonlocal calls
-        calls += 1
-        is_hit = first <= calls <= last and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        return accumulate(self, batches, float("nan") if is_hit else scale)
-
-    ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
-    return fault_of(run, overrides)
-
-
 @pytest.mark.parametrize(
     "layout", ["zero.stage=1", "zero.stage=3", "parallel.tensor=2", "parallel.pipeline=2 training.precision=bf16"]
 )
 def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, layout: str) -> None:
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *layout.split(), "numerics.non_finite=skip"]
     assert run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD + 1) == ["", ""]
-    assert same(run, BAD - 1, BAD) and not same(run, BAD, BAD + 1)
+    assert same_state(run, BAD - 1, BAD) and not same_state(run, BAD, BAD + 1)
     (skipped,) = notes(run, "skipped")
     assert "persistent" in skipped["skipped"]
     assert (skipped["step"], skipped["sequences"]) == (BAD, [24, 31])
@@ -69,7 +38,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "numerics.non_finite=skip"]
     errors = run_ranks(2, train_with_bad_gradients, run, [*settings, "numerics.max_skips=2"], BAD, 9)
     assert all(error.startswith("step 6: ") and "3 steps in a row" in error for error in errors)
-    assert same(run, BAD - 1, BAD + 1)
+    assert same_state(run, BAD - 1, BAD + 1)
 
 
 def test_a_bad_step_ends_the_run_and_the_save_before_it_is_finished(corpus: Path, tmp_path: Path) -> None:
@@ -134,7 +103,7 @@ def test_a_spike_is_skipped_also_by_a_run_that_goes_on_from_a_checkpoint(
 ) -> None:
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *SPIKES, layout, "numerics.spike=skip"]
     assert run_ranks(2, train_with_a_spike, run, settings, 10) == ["", ""]
-    assert same(run, 9, 10) and not same(run, 10, 11)
+    assert same_state(run, 9, 10) and not same_state(run, 10, 11)
     (skipped,) = notes(run, "skipped")
     assert skipped["step"] == 10 and "a spike" in skipped["skipped"]
     expected = rows(run, "loss"), weights(run)
