@@ -20,8 +20,8 @@ from hydra_scale.run_marks import RunMarks
 KINDS = {
     "SIGKILL of one rank": 1, "SIGKILL of both ranks": 2, "TERM": 5, "USR1": 5, "stop request": 5, "TERM in a save": 8,
     "SIGKILL in the write of a save": 10, "SIGKILL in the publication of a save": 9, "SIGSTOP": 12,
-    "hang in the data": 13, "bit rot in the newest checkpoint, then SIGKILL": 21, "disk full in a save": 24,
-    "NaN, once": 27, "a second start": 34, "out of memory": 36,
+    "hang in the step": 12, "hang in the data": 13, "bit rot in the newest checkpoint, then SIGKILL": 21,
+    "disk full in a save": 24, "NaN, once": 27, "a second start": 34, "out of memory": 36,
     "half a line in the metrics, then SIGKILL": 38,
 }  # fmt: skip
 """What can go wrong, and its row in the fault matrix."""
@@ -186,6 +186,8 @@ def _act(kind: str, run: Path, note: Callable[[], None]) -> None:
     elif kind == "SIGSTOP":
         note()
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "hang in the step":
+        hang()
     elif kind == "a second start":
         note()
         RunMarks(run).claim()

@@ -29,6 +29,7 @@ RANK_1 = r"rank 1 \(process \d+ on \S+\)"
 NAMED = {
     "SIGKILL of one rank": rf"{RANK_1} (is silent, last heard of at|was killed at) step [0-6], phase",
     "SIGSTOP": rf"{RANK_1} is silent, last heard of at step [0-6], phase",
+    "hang in the step": rf"{RANK_1} is alive but stuck at step {BAD}, phase step",
     "out of memory": rf"{RANK_1} ended in step {BAD} \(EnvironmentFault: rank 1 on \S+: out of memory: ",
 }
 """What the other rank says of it."""
@@ -87,14 +88,13 @@ def test_two_gpus_go_on_bit_equal(two_gpus: TwoGpus, kind: str) -> None:
         assert note["step"] == BAD and "transient, a machine is suspected" in note["transient"]
 
 
-@pytest.mark.parametrize("kind", ["SIGKILL of one rank", "SIGSTOP"])
+@pytest.mark.parametrize("kind", ["SIGKILL of one rank", "SIGSTOP", "hang in the step"])
 def test_the_flight_record_of_nccl_is_written(two_gpus: TwoGpus, kind: str) -> None:
-    """By the rank that still could; its last collective is one that the other never came to."""
+    """By the rank that waits; its last collective is one that the other never came to."""
     two_gpus.started[kind].result()
-    (file,) = (two_gpus.run(kind) / "watch" / "epoch-0001").glob("flight-rank*.json")
-    assert file.name == "flight-rank00000.json"
+    file = two_gpus.run(kind) / "watch" / "epoch-0001" / "flight-rank00000.json"
     last = json.loads(file.read_text())["entries"][-1]
-    assert last["profiling_name"].startswith("nccl:") and last["state"] != "completed", last
+    assert last["profiling_name"].startswith("nccl:") and not last["retired"], last
     assert "train_step" in file.with_name("stacks-rank00000.txt").read_text()
 
 
