@@ -1,6 +1,7 @@
 """What a run does about numbers that went wrong: the same on all ranks, from numbers that all have."""
 
 import math
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -15,6 +16,8 @@ from hydra_scale.config import Config
 from hydra_scale.errors import NumericsFault, WeightsDiffer
 from hydra_scale.monitor.metrics import StepResult
 from hydra_scale.topology import Topology
+
+_SHOWN = 8
 
 
 class Judgement(NamedTuple):
@@ -79,8 +82,12 @@ class NumericsGuard:
         # 1.4826: the standard deviation of a normal distribution over its median distance from the median
         return middle + self._numerics.spike_factor * 1.4826 * max(spread, abs(middle) / 1000)
 
-    def judge(self, step: int, batch: int, compute: Callable[[], StepResult]) -> Judgement:
+    def judge(
+        self, step: int, batch: int, compute: Callable[[], StepResult], sources: Callable[[], list[int]]
+    ) -> Judgement:
         """Compute `step` on `batch`, and once more if that went wrong, and say what follows.
+
+        sources: ranks of this data group whose part of the last gradients was not finite.
 
         DeepSpeed itself makes no update where the norm is not finite, and leaves moments and step count alone: what
         computes the step a second time finds everything as it was.
@@ -101,6 +108,8 @@ class NumericsGuard:
             if policy == "rewind":
                 return Judgement(result, "rewind", what)
             raise NumericsFault(f"{what}; the update was made: start again from the last checkpoint")
+        if self._refusal is not _Refusal.SPIKE:
+            what += _seen_on(sources())
         if self._numerics.recompute:
             again = compute()
             if not (problem := self._problem(again)):
@@ -193,6 +202,17 @@ class NumericsGuard:
         name = names[int(differs_RP.any(0).int().argmax())]
         where = f"in {number} tensors, the first {name}"
         return f"{culprits} has other weights than the ranks that hold the same ones, {where}"
+
+
+def _seen_on(sources: list[int]) -> str:
+    """Of all ranks of the job, with their hosts; collective. Ranks that share matrices or layers infect each other."""
+    own = (sources, socket.gethostname())
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    ranks = sorted({rank for found, _ in everyone for rank in found})
+    names = ", ".join(f"rank {rank} on {everyone[rank][1]}" for rank in ranks[:_SHOWN])
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"; not finite on {names}{more}" if ranks else ""
 
 
 def bit_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -136,7 +136,7 @@ def _loop(
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
             guard.check_replicas(step)
             compute = partial(train_step, optimizer, micro_batches, lr, topology, guard.allows)
-            judged = guard.judge(step, batch_of(step, skipped), compute)
+            judged = guard.judge(step, batch_of(step, skipped), compute, optimizer.sources_not_finite)
             if judged.verdict == "rewind":
                 watchdog.enter("save", step)
                 rewind = checkpointing.rewind(step, judged.why)

@@ -1,6 +1,7 @@
 """Numbers that go wrong on one rank: all ranks decide alike, and what is kept is what was right."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from disturbed import train_with_bad_gradients
 from figures import Figures
 from ranks import run_ranks
-from runs import assert_same_run, fault_of, ledger, notes, rows, same_state, train, weights
+from runs import TINY, assert_same_run, fault_of, ledger, notes, rows, same_state, train, weights
 
 from hydra_scale.run_folder import RunFolder
 
@@ -21,15 +22,22 @@ BAD = 4
 
 
 @pytest.mark.parametrize(
-    "layout", ["zero.stage=1", "zero.stage=3", "parallel.tensor=2", "parallel.pipeline=2 training.precision=bf16"]
-)
-def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, layout: str) -> None:
+    ("layout", "ranks"),
+    [
+        ("zero.stage=1", "1"), ("zero.stage=3", ""), ("parallel.tensor=2", "01"),
+        ("parallel.pipeline=2 training.precision=bf16", "01"),
+    ],
+)  # fmt: skip
+def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, figures: Figures, layout: str, ranks: str) -> None:
+    """And says whose gradients were bad, where that is known: those of ranks that share a model infect each other."""
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *layout.split(), "numerics.non_finite=skip"]
     assert run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD + 1) == ["", ""]
     assert same_state(run, BAD - 1, BAD) and not same_state(run, BAD, BAD + 1)
     (skipped,) = notes(run, "skipped")
     assert "persistent" in skipped["skipped"]
+    assert re.findall(r"rank (\d) on", skipped["skipped"]) == [*ranks]
     assert (skipped["step"], skipped["sequences"]) == (BAD, [24, 31])
+    figures(27, f"NaN twice, {layout}: skipped, {' and '.join(f'rank {rank}' for rank in ranks) or 'no rank'} named")
     assert rows(run, "lr") and len(rows(run, "loss")) == 7
     assert [row["step"] for row in ledger(run)] == list(range(1, 9))
 
@@ -57,6 +65,7 @@ def test_a_step_that_is_right_the_second_time(corpus: Path, tmp_path: Path, tran
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "model.dropout=0.1"]
     errors = run_ranks(2, train_with_bad_gradients, run, [*settings, f"numerics.transient={transient}"], BAD, BAD)
     if transient == "stop":
+        assert all("; not finite on rank 1 on " in error for error in errors)
         assert all("transient, a machine is suspected" in error for error in errors)
         assert RunFolder(run).checkpoints.steps()[-1] == BAD - 1
         run_ranks(2, train, run, settings)
@@ -66,6 +75,33 @@ def test_a_step_that_is_right_the_second_time(corpus: Path, tmp_path: Path, tran
         assert note["step"] == BAD and "transient, a machine is suspected" in note["transient"]
     run_ranks(2, train, tmp_path / "undisturbed", settings)
     assert_same_run(run, tmp_path / "undisturbed")
+
+
+def sources_of_bad_elements(corpus: Path) -> list[list[int]]:
+    """Each rank puts one bad element into each share, alone, and then all but rank 1 into their own."""
+    from hydra_scale.config_file import load_config
+    from hydra_scale.topology import joined
+    from hydra_scale.training.assembly import assembled
+
+    config = load_config(TINY, [f"data.train={corpus}"])
+    found = []
+    with joined(config.parallel) as topology, assembled(config, 300, topology) as (_, optimizer):
+        size, flat = topology.data_size, optimizer._flat
+        assert flat is not None
+        plans = [{rank: share} for rank in range(size) for share in range(size)]
+        for plan in [*plans, {rank: rank for rank in range(size) if rank != 1}, {}]:
+            flat.start()
+            if topology.rank in plan:
+                flat._groups[-1].flat.view(size, -1)[plan[topology.rank], -1] = float("-inf")
+            flat.finish()
+            found.append(optimizer.sources_not_finite())
+    return found
+
+
+def test_the_source_of_one_bad_element_is_known(corpus: Path) -> None:
+    """Also of one in the rank's own share, where only the average of all is left."""
+    expected = [*([rank] for rank in range(3) for _ in range(3)), [0, 2], []]
+    assert run_ranks(3, sources_of_bad_elements, corpus) == [expected] * 3
 
 
 def train_with_a_spike(run: Path, overrides: list[str], call: int) -> str:
