@@ -16,6 +16,7 @@ from hydra_scale.config import Config
 from hydra_scale.errors import NumericsFault, WeightsDiffer
 from hydra_scale.monitor.metrics import StepResult
 from hydra_scale.topology import Topology
+from hydra_scale.training.agreement import agree
 
 _SHOWN = 8
 
@@ -158,15 +159,24 @@ class NumericsGuard:
         self._num_skipped += 1
         return Judgement(result, "skipped", what)
 
-    def check_replicas(self, step: int) -> None:
-        """Before `step`: compare the weights of ranks that hold the same ones, where that is due. One small gather.
+    def check_replicas(self, step: int, documents: Callable[[], str]) -> None:
+        """Before `step`, where that is due: compare what all ranks take for the `documents` of its batch, a hash, and
+        the weights of those that hold the same ones. Two small gathers.
 
         Raises:
+            DataError: on all ranks; a rank takes other documents than most.
             WeightsDiffer: on all ranks of the job; names the minority among those that hold the same weights, or both
                 of two.
         """
         every = self._numerics.check_replicas_every
-        if every is None or step % every or self._topology.data_size == 1:
+        if every is None or step % every or self._topology.world_size == 1:
+            return
+        known = self._replicas_equal_at
+        good = f"checkpoints up to step {known} are known to be good" if known else "no checkpoint is known to be good"
+        advice = f"{good}, later ones are suspect: move them away, take the machine out, and start again"
+        agree(f"before step {step}, hash of its documents", documents(), advice)
+        if self._topology.data_size == 1:
+            self._replicas_equal_at = step - 1
             return
         found = self._differing_replicas()
         anybody = torch.tensor(float(bool(found)), device=self._topology.accelerator.device)
@@ -176,12 +186,7 @@ class NumericsGuard:
             return
         everyone: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
-        known = self._replicas_equal_at
-        good = f"checkpoints up to step {known} are known to be good" if known else "no checkpoint is known to be good"
-        raise WeightsDiffer(
-            f"before step {step}: {'; '.join(dict.fromkeys(filter(None, everyone)))}; {good}, later ones are suspect:"
-            " move them away, take the machine out, and start again"
-        )
+        raise WeightsDiffer(f"before step {step}: {'; '.join(dict.fromkeys(filter(None, everyone)))}; {advice}")
 
     def _differing_replicas(self) -> str:
         """Which ranks hold other weights than most of this rank's data group, and which weights; empty if none does."""

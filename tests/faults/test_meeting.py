@@ -23,7 +23,7 @@ def test_a_rank_that_never_comes_is_named(corpus: Path, tmp_path: Path, figures:
     figures(32, "one of four ranks never comes, limit 4 s (the others' start included)", detected=[seconds])
 
 
-def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Path) -> None:
+def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Path, figures: Figures) -> None:
     settings = [f"data.train={corpus}"]
     for change, told in {
         "seed": r"rank 1 on \S+: training\.seed is 2, rank 0 on \S+ has 1;",
@@ -34,6 +34,7 @@ def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Pat
             said = (tmp_path / f"stderr-{rank}").read_text()
             assert re.search(told, said), said
         assert not (tmp_path / change).exists()
+    figures(29, "another seed, or another PyTorch, on one rank: named before anything is written", times=2)
 
 
 def train_told(run_dir: Path, overrides: list[str], change: str) -> None:

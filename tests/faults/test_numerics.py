@@ -169,11 +169,11 @@ def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:
 
     check = NumericsGuard.check_replicas
 
-    def disturbed(self: Any, step: int) -> None:
+    def disturbed(self: Any, step: int, documents: Any) -> None:
         if step == 6 and os.environ["RANK"] == "1":
             weight = dict(self._model.named_parameters())["encoder.layers.1.norm.weight"]
             weight.data.view(torch.int32)[5] ^= 1 << 3
-        check(self, step)
+        check(self, step, documents)
 
     NumericsGuard.check_replicas = disturbed  # type: ignore[method-assign]
     return fault_of(run, overrides)
