@@ -3,11 +3,16 @@
 import os
 import re
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from figures import Figures
 from ranks import end_ranks
 from runs import train
+
+from hydra_scale.errors import DistributedFault
+from hydra_scale.meeting import meet
 
 
 def test_a_rank_that_never_comes_is_named(corpus: Path, tmp_path: Path, figures: Figures) -> None:
@@ -35,6 +40,14 @@ def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Pat
             assert re.search(told, said), said
         assert not (tmp_path / change).exists()
     figures(29, "another seed, or another PyTorch, on one rank: named before anything is written", times=2)
+
+
+def test_ranks_without_an_address_to_meet_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not after the time that the others have to come."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DistributedFault, match="^MASTER_ADDR is '', MASTER_PORT '': expected where rank 0 is to be met"):
+        meet(0, 2, timedelta(minutes=10), {})
 
 
 def train_told(run_dir: Path, overrides: list[str], change: str) -> None:
