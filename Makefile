@@ -9,6 +9,9 @@ SHORT := 'not gpu and not matrix and not faults'
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Rows of the fault matrix whose tests stand beside the format that they damage.
+ROWS := tests/unit/data/test_damaged_folders.py tests/unit/checkpoint/test_checkpoint.py \
+  tests/unit/checkpoint/test_earlier_release.py
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -42,7 +45,7 @@ test: $(READY)  ## The whole test suite for the CPU
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -m $(SHORT) --ignore tests/kernels --ignore tests/unit
 
 test-faults: $(READY)  ## Every test of faults, the long ones and those on a real Slurm included; writes their table
-	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/faults tests/slurm --fault-table docs/reliability.md
+	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/faults tests/slurm $(ROWS) --fault-table docs/reliability.md
 
 test-resume-matrix: $(READY)  ## Every layout continues what every other saved, fp32 and bf16: 162 pairs
 	@CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed/test_resume_matrix.py

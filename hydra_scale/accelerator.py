@@ -3,10 +3,12 @@
 Nothing else in the project asks whether CUDA is there.
 """
 
+import atexit
 import logging
 import os
 import resource
 import socket
+import sys
 import time
 import warnings
 from collections.abc import Iterator
@@ -30,6 +32,11 @@ class Accelerator:
     """Backend of torch.distributed: "nccl" or "gloo"."""
     name: str
     """Device name for people."""
+
+    @property
+    def groups_end_together(self) -> bool:
+        """Whether ending a process group may wait for the other ranks of this host, even by force, as NCCL does."""
+        return self.collectives == "nccl"
 
     def autocast(self, precision: str) -> AbstractContextManager[Any]:
         """Autocast to bfloat16 for precision "bf16"; does nothing for "fp32"."""
@@ -160,3 +167,19 @@ def naming_lack_of_memory(rank: int) -> Iterator[None]:
             " training.micro_batch_size, or set training.recompute, zero.stage or parallel (`hydra-scale plan` shows"
             " what fits)"
         ) from error
+
+
+def end_without_groups(error: BaseException) -> None:
+    """Have this process end, once it does, with the exit code of `error` and without the destructors of its groups.
+
+    The others may be waiting for this rank in a collective: it would wait for them in turn, and its error would not
+    become the job's.
+    """
+
+    def end() -> None:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(getattr(error, "exit_code", 1))
+
+    atexit.register(end)

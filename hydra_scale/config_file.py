@@ -37,7 +37,7 @@ def load_section(kind: type[AnySection], path: Path, overrides: Sequence[str] = 
     for override in overrides:
         keys, value = _parse_override(override)
         _assign(values, keys, value, override)
-        places[keys] = f"override {override!r}"
+        _note(places, keys, override)
     return _validate(kind, values, places, str(path))
 
 
@@ -53,13 +53,13 @@ def override_model(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
         ConfigError: a key is not one of the model's, or a value does not fit.
     """
     values: dict[str, Any] = {"model": model.model_dump(), "data": {"train": "", "seqlen": 1}}
-    places = {}
+    places: dict[KeyPath, str] = {}
     for override in overrides:
         keys, value = _parse_override(override)
         if keys[0] != "model":
             raise ConfigError(f"override {override!r}: expected the form model.key=value")
         _assign(values, keys, value, override)
-        places[keys] = f"override {override!r}"
+        _note(places, keys, override)
     return _validate(Config, values, places, "model").model
 
 
@@ -120,6 +120,13 @@ def _assign(values: dict[str, Any], keys: KeyPath, value: Any, override: str) ->
     values[keys[-1]] = value
 
 
+def _note(places: dict[KeyPath, str], keys: KeyPath, override: str) -> None:
+    """Where a key stands, and those sections that no file has."""
+    for length in range(1, len(keys)):
+        places.setdefault(keys[:length], f"override {override!r}")
+    places[keys] = f"override {override!r}"
+
+
 def _validate(kind: type[AnySection], values: dict[str, Any], places: dict[KeyPath, str], source: str) -> AnySection:
     try:
         return kind.model_validate(values)
@@ -139,7 +146,8 @@ def _explain(kind: type[BaseModel], keys: KeyPath, error: Any) -> str:
         return f"{name} is missing; set it in the file or as {name}=value"
     if error["type"] == "value_error":
         return f"{name}: {error['ctx']['error']}" if name else str(error["ctx"]["error"])
-    return f"{name}: found {error['input']!r}; {error['msg'][0].lower()}{error['msg'][1:]}"
+    message = error["msg"].replace("valid tuple", "list: [a, b]")
+    return f"{name}: found {error['input']!r}; {message[0].lower()}{message[1:]}"
 
 
 def _known_keys(section: type[BaseModel], prefix: KeyPath = ()) -> Iterator[KeyPath]:

@@ -69,7 +69,10 @@ def _store(rank: int, world_size: int, timeout: timedelta) -> dist.Store:
         return store
     address, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     if not address or not port.isdigit():
-        raise ValueError("MASTER_ADDR and MASTER_PORT must be set, as torchrun does")
+        raise DistributedFault(
+            f"MASTER_ADDR is {address!r}, MASTER_PORT {port!r}: expected where rank 0 is to be met, as torchrun sets"
+            " them; start the ranks by torchrun or `hydra-scale launch`"
+        )
     return dist.TCPStore(address, int(port), world_size, rank == 0, timeout, wait_for_workers=False, multi_tenant=True)
 
 

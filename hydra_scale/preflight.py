@@ -145,6 +145,7 @@ def _skew(topology: Topology, ranks: list[int]) -> float:
         for _ in range(_REPEATS):
             if topology.rank == 0:
                 dist.recv(clock, rank)
+                topology.accelerator.synchronise()  # NCCL's own recv returns before anything has come
                 clock.fill_(time.time())
                 dist.send(clock, rank)
             elif topology.rank == rank:

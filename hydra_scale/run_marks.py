@@ -4,6 +4,7 @@ Light enough to import before PyTorch, and on a login node.
 """
 
 import json
+import logging
 import os
 import secrets
 import socket
@@ -17,6 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from hydra_scale.checkpoint.files import write_durably
 from hydra_scale.errors import CheckpointError, RunTakenOver
 
+log = logging.getLogger(__name__)
 STOP_FILE = "HYDRA_SCALE_STOP_FILE"
 """Environment variable with the path of a file that, once it exists, stops this attempt of a job alone."""
 
@@ -92,10 +94,19 @@ class RunMarks:
             raise CheckpointError(f"{self._done}: not a done marker: {error!r}; delete it to train on") from None
 
     def claim(self) -> Claim:
-        """Take the run folder for this start; whoever held it before finds out at its next step edge."""
+        """Take the run folder for this start; whoever held it before finds out at its next step edge.
+
+        Nobody asks whether that one is alive: of a lost node, or of a process number used again, nothing could tell.
+        """
         before = self._read_epoch()
         claim = Claim((before.epoch if before else 0) + 1, secrets.token_hex(8), _this_process(), _now())
         write_durably(self._epoch, json.dumps(asdict(claim)).encode())
+        if before:
+            log.info(
+                "%s: start %d of this run; takes over from %s, which began %s and, if it still runs, ends at its next"
+                " step",
+                self.run_dir, claim.epoch, before.holder, before.since,
+            )  # fmt: skip
         return claim
 
     def is_held_by(self, claim: Claim) -> bool:

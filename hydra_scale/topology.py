@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from hydra_scale.accelerator import Accelerator, choose_accelerator
+from hydra_scale.accelerator import Accelerator, choose_accelerator, end_without_groups
 from hydra_scale.config import Config, ParallelConfig
 from hydra_scale.errors import ConfigError, DistributedFault, EnvironmentFault
 from hydra_scale.meeting import meet
@@ -281,7 +281,8 @@ def joined(
     """Join the other processes and lay out the groups, for the time of the context.
 
     A single process uses an in-memory store: nothing listens on any port. `timeout` is that of every collective;
-    `facts` must be equal on all ranks, which are all there after `meet_within`.
+    `facts` must be equal on all ranks, which are all there after `meet_within`. After an error the groups of several
+    GPUs stay, and the process is to end (`end_without_groups`).
 
     Raises:
         ConfigError, DistributedFault, EnvironmentFault: the degrees, launcher variables or devices do not fit.
@@ -290,16 +291,27 @@ def joined(
     env = ProcessEnvironment.read()
     alone = env.world_size == 1
     store = dist.HashStore() if alone else meet(env.rank, env.world_size, meet_within, facts)
-    try:
-        yield _join(env, parallel, timeout, store)
-    finally:
-        if dist.is_initialized():
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-
-
-def _join(env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta, store: dist.Store) -> Topology:
     accelerator = choose_accelerator(env.local_rank)
+    try:
+        yield _join(env, parallel, timeout, store, accelerator)
+    except BaseException as error:
+        if accelerator.groups_end_together and not alone:
+            end_without_groups(error)
+        else:
+            _part()
+        raise
+    _part()
+
+
+def _part() -> None:
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def _join(
+    env: ProcessEnvironment, parallel: ParallelConfig, timeout: timedelta, store: dist.Store, accelerator: Accelerator
+) -> Topology:
     os.environ.setdefault("LOCAL_RANK", str(env.local_rank))  # DeepSpeed insists on it, a single process included
     try:
         dist.init_process_group(

@@ -1,4 +1,5 @@
-"""The one launcher of distributed tests: a server imports everything once, then each rank is a fork of it.
+"""The one launcher of distributed tests: a server imports everything once, then each rank is a fork of it, with the
+variables that `hydra-scale launch` sets.
 
 Functions given to `run_ranks` are module-level functions of test files; they run with the variables of torchrun set.
 """
@@ -13,9 +14,12 @@ from typing import Any
 
 import torch
 
+from hydra_launch.environment import defaults
+
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["hydra_scale.training.pretrain", "deepspeed", "hydra_kernels"])
-os.environ["DS_ACCELERATOR"] = "cpu"  # inherited by the server, which imports deepspeed itself
+if not torch.cuda.is_available():  # no fork of a process that has touched CUDA can use it: there each rank imports
+    _forks.set_forkserver_preload(["hydra_scale.training.pretrain", "deepspeed", "hydra_kernels"])
+    os.environ["DS_ACCELERATOR"] = "cpu"  # inherited by the server, which imports deepspeed itself
 
 
 def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
@@ -126,6 +130,7 @@ def _become_rank(rank: int, num_ranks: int, port: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(num_ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
+    os.environ.update(defaults(os.environ, num_ranks))
     torch.set_num_threads(1)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from hydra_scale.config_file import load_config
 from hydra_scale.errors import NumericsFault
@@ -69,6 +70,21 @@ def ledger(run_dir: Path) -> list[dict[str, Any]]:
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """Parameters of the newest checkpoint."""
     return RunFolder(run_dir).newest_parameters()
+
+
+def same_state(run_dir: Path, step: int, other: int) -> bool:
+    """Whether two checkpoints of a run hold the same parameters and moments, bit for bit."""
+    first, second = _state(run_dir, step), _state(run_dir, other)
+    assert first and first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def _state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted(RunFolder(run_dir).checkpoints.at(step).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found |= {f"{path.name} {name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
 
 
 def assert_same_run(run: Path, undisturbed: Path) -> None:

@@ -38,4 +38,5 @@ class NumericsConfig(Section):
     """continue: go on with the right result, with a warning; stop: the run ends with exit code 7."""
     check_replicas_every: PositiveInt | None = None
     """Steps between comparisons of the weights that data parallel ranks hold in common, which are equal to the last
-    bit or wrong; a rank that differs is named and the run ends with exit code 7. Not under ZeRO 3, which keeps one."""
+    bit or wrong, and of what all ranks take for the documents of the batch; a rank that differs is named and the run
+    ends with exit code 7 or 3. Not under ZeRO 3, which keeps one."""

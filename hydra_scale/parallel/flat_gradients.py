@@ -6,11 +6,13 @@ which constraints.txt pins.
 """
 
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.linalg import vector_norm
 
 _sum_shares = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
 
@@ -61,6 +63,23 @@ class FlatGradients:
                 _sum_shares(share, group.flat, group=self._data_group)
                 share.div_(size)
             self._zero.averaged_gradients[index] = group.own
+
+    def sources_not_finite(self) -> list[int]:
+        """Global ranks of the data group that put in what is not finite, between a step and the next `start`.
+
+        A rank still has what it put into the others' shares. Of its own only the average is left: where that is not
+        finite and nobody else is to blame for it, the rank is. Collective, one small gather.
+        """
+        size = dist.get_world_size(self._data_group)
+        largest_GR = torch.stack([vector_norm(group.flat.view(size, -1), inf, dim=1) for group in self._groups])
+        own_R = largest_GR.isfinite().all(0).logical_not()
+        bad_RR = torch.empty(size, size, dtype=torch.uint8, device=own_R.device)
+        dist.all_gather_into_tensor(bad_RR.view(-1), own_R.byte(), group=self._data_group)
+        is_own_RR = torch.eye(size, dtype=torch.bool, device=own_R.device)
+        others_RR = bad_RR.bool() & ~is_own_RR  # rank, whose share
+        alone_R = bad_RR.diagonal().bool() & ~others_RR.any(0)
+        places = (others_RR.any(1) | alone_R).nonzero()[:, 0].tolist()
+        return [dist.get_global_rank(self._data_group, place) for place in places]
 
 
 def _group(weights: torch.Tensor, params: list[Any], rank: int, size: int) -> _Group:

@@ -149,6 +149,11 @@ class ZeroOptimizer:
             persistent[0].all_gather(persistent)  # as after an update; DeepSpeed forgets it when it makes none
         return norm
 
+    def sources_not_finite(self) -> list[int]:
+        """Global ranks of the data group whose gradients of the step just refused were not finite; empty where that
+        cannot be told: under ZeRO 2 and 3 and offload, which keep sums only. Collective."""
+        return [] if self._flat is None else self._flat.sources_not_finite()
+
     def _norms_or_invalid(self, norms: Callable[[], Any]) -> Any:
         """What DeepSpeed takes for the gradient norm, or norms: -1 is how it marks one that is not finite."""
         found = norms()

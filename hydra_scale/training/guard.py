@@ -1,6 +1,7 @@
 """What a run does about numbers that went wrong: the same on all ranks, from numbers that all have."""
 
 import math
+import socket
 from collections import deque
 from collections.abc import Callable, Mapping
 from enum import IntEnum
@@ -15,6 +16,9 @@ from hydra_scale.config import Config
 from hydra_scale.errors import NumericsFault, WeightsDiffer
 from hydra_scale.monitor.metrics import StepResult
 from hydra_scale.topology import Topology
+from hydra_scale.training.agreement import agree
+
+_SHOWN = 8
 
 
 class Judgement(NamedTuple):
@@ -79,8 +83,12 @@ class NumericsGuard:
         # 1.4826: the standard deviation of a normal distribution over its median distance from the median
         return middle + self._numerics.spike_factor * 1.4826 * max(spread, abs(middle) / 1000)
 
-    def judge(self, step: int, batch: int, compute: Callable[[], StepResult]) -> Judgement:
+    def judge(
+        self, step: int, batch: int, compute: Callable[[], StepResult], sources: Callable[[], list[int]]
+    ) -> Judgement:
         """Compute `step` on `batch`, and once more if that went wrong, and say what follows.
+
+        sources: ranks of this data group whose part of the last gradients was not finite.
 
         DeepSpeed itself makes no update where the norm is not finite, and leaves moments and step count alone: what
         computes the step a second time finds everything as it was.
@@ -101,6 +109,8 @@ class NumericsGuard:
             if policy == "rewind":
                 return Judgement(result, "rewind", what)
             raise NumericsFault(f"{what}; the update was made: start again from the last checkpoint")
+        if self._refusal is not _Refusal.SPIKE:
+            what += _seen_on(sources())
         if self._numerics.recompute:
             again = compute()
             if not (problem := self._problem(again)):
@@ -149,15 +159,24 @@ class NumericsGuard:
         self._num_skipped += 1
         return Judgement(result, "skipped", what)
 
-    def check_replicas(self, step: int) -> None:
-        """Before `step`: compare the weights of ranks that hold the same ones, where that is due. One small gather.
+    def check_replicas(self, step: int, documents: Callable[[], str]) -> None:
+        """Before `step`, where that is due: compare what all ranks take for the `documents` of its batch, a hash, and
+        the weights of those that hold the same ones. Two small gathers.
 
         Raises:
+            DataError: on all ranks; a rank takes other documents than most.
             WeightsDiffer: on all ranks of the job; names the minority among those that hold the same weights, or both
                 of two.
         """
         every = self._numerics.check_replicas_every
-        if every is None or step % every or self._topology.data_size == 1:
+        if every is None or step % every or self._topology.world_size == 1:
+            return
+        known = self._replicas_equal_at
+        good = f"checkpoints up to step {known} are known to be good" if known else "no checkpoint is known to be good"
+        advice = f"{good}, later ones are suspect: move them away, take the machine out, and start again"
+        agree(f"before step {step}, hash of its documents", documents(), advice)
+        if self._topology.data_size == 1:
+            self._replicas_equal_at = step - 1
             return
         found = self._differing_replicas()
         anybody = torch.tensor(float(bool(found)), device=self._topology.accelerator.device)
@@ -167,12 +186,7 @@ class NumericsGuard:
             return
         everyone: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
-        known = self._replicas_equal_at
-        good = f"checkpoints up to step {known} are known to be good" if known else "no checkpoint is known to be good"
-        raise WeightsDiffer(
-            f"before step {step}: {'; '.join(dict.fromkeys(filter(None, everyone)))}; {good}, later ones are suspect:"
-            " move them away, take the machine out, and start again"
-        )
+        raise WeightsDiffer(f"before step {step}: {'; '.join(dict.fromkeys(filter(None, everyone)))}; {advice}")
 
     def _differing_replicas(self) -> str:
         """Which ranks hold other weights than most of this rank's data group, and which weights; empty if none does."""
@@ -193,6 +207,17 @@ class NumericsGuard:
         name = names[int(differs_RP.any(0).int().argmax())]
         where = f"in {number} tensors, the first {name}"
         return f"{culprits} has other weights than the ranks that hold the same ones, {where}"
+
+
+def _seen_on(sources: list[int]) -> str:
+    """Of all ranks of the job, with their hosts; collective. Ranks that share matrices or layers infect each other."""
+    own = (sources, socket.gethostname())
+    everyone = [own] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    ranks = sorted({rank for found, _ in everyone for rank in found})
+    names = ", ".join(f"rank {rank} on {everyone[rank][1]}" for rank in ranks[:_SHOWN])
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"; not finite on {names}{more}" if ranks else ""
 
 
 def bit_sum(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from hydra_scale.parallel.pipeline import names_of_all_stages
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
+from hydra_scale.training.agreement import agree
 from hydra_scale.training.assembly import assembled
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.guard import NumericsGuard
@@ -71,6 +72,7 @@ def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotic
     broken = on_main_rank(lambda: quarantine(config.data, run))
     data = TrainingData(config.data, config.training.seed, broken.without)
     held_out = EvaluationData(config.data, data.tokenizer, broken.without)
+    agree(f"{config.data.train}: hash of its manifest", data.fingerprint, "give all nodes the same prepared folder")
     vocab_size = vocab_size_for(config, data.tokenizer.vocab_size)
     on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
     with logged_to(run.log_file, topology.is_main):
@@ -134,9 +136,10 @@ def _loop(
             step = index + 1  # the batch of index i makes optimizer step i + 1
             watchdog.enter("step", step)
             lr = learning_rate(step, num_steps, config.optimizer.lr, config.schedule)
-            guard.check_replicas(step)
+            batch = batch_of(step, skipped)
+            guard.check_replicas(step, partial(data.ledger_hash, batch - 1, batch_size))
             compute = partial(train_step, optimizer, micro_batches, lr, topology, guard.allows)
-            judged = guard.judge(step, batch_of(step, skipped), compute)
+            judged = guard.judge(step, batch, compute, optimizer.sources_not_finite)
             if judged.verdict == "rewind":
                 watchdog.enter("save", step)
                 rewind = checkpointing.rewind(step, judged.why)

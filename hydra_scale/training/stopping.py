@@ -1,8 +1,9 @@
 """Notices that a run should stop before its last step. Imports nothing heavy: signals are caught from the start on.
 
 SIGTERM comes from Slurm (preemption, requeue, scancel) and from people, SIGUSR1 from `scancel --signal` and other
-schedulers. A file says it to a whole job: RUN/stop-request for people, and one that the launcher names in
-HYDRA_SCALE_STOP_FILE for this attempt of a job alone, so that it never goes stale.
+schedulers, SIGINT from Ctrl-C, the second of which ends the process at once. A file says it to a whole job:
+RUN/stop-request for people, and one that the launcher names in HYDRA_SCALE_STOP_FILE for this attempt of a job alone,
+so that it never goes stale.
 """
 
 import os
@@ -47,6 +48,8 @@ class StopNotices:
     def __enter__(self) -> "StopNotices":
         for number in SIGNALS:
             self._previous[number] = signal.signal(number, self._note)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # an agent may have its trainers ignore it
+            self._previous[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
         return self
 
     def __exit__(
@@ -67,6 +70,12 @@ class StopNotices:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._signalled:
+            raise KeyboardInterrupt
+        self._signalled = True
+        os.write(2, b"\nsaves and stops behind this step; Ctrl-C again ends it at once\n")
 
 
 def parse_time(text: str) -> float:

@@ -3,6 +3,7 @@
 The one place that touches its private entry points; they give JSON, where others would give a pickle.
 """
 
+import json
 from pathlib import Path
 
 import torch.distributed as dist
@@ -19,7 +20,15 @@ def write_flight_record(folder: Path, rank: int) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    if not dist.is_initialized():
-        return
+    if dist.is_initialized():
+        (folder / f"flight-rank{rank:05d}.json").write_bytes(_record())
+
+
+def waits_for_others() -> bool:
+    """Whether a collective of this process began and has not come to its end. May block where a GPU does not answer."""
+    return dist.is_initialized() and not all(entry["retired"] for entry in json.loads(_record())["entries"])
+
+
+def _record() -> bytes:
     record: bytes = getattr(_distributed_c10d, _DUMPS[dist.get_backend()])(includeCollectives=True, onlyActive=False)
-    (folder / f"flight-rank{rank:05d}.json").write_bytes(record)
+    return record

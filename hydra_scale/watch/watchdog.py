@@ -22,7 +22,7 @@ from typing import NamedTuple, TextIO
 from hydra_scale.config import WatchdogConfig
 from hydra_scale.errors import DistributedFault
 from hydra_scale.watch.board import Board, Record, born
-from hydra_scale.watch.flight import write_flight_record
+from hydra_scale.watch.flight import waits_for_others, write_flight_record
 from hydra_scale.watch.verdict import held_up_by, lost
 
 _VERDICT = "verdict.txt"
@@ -52,6 +52,7 @@ class Watchdog:
         self._detail: Callable[[], str] = str
         self._pid, self._born, self._host = os.getpid(), born(os.getpid()), socket.gethostname()
         self._beats, self._error = 0, ""
+        self._waits_at: _Place | None = None
         self._stopped = threading.Event()
         self._board: Board | None = None
         self._stacks: TextIO = sys.stderr
@@ -153,7 +154,7 @@ class Watchdog:
         place, error = self._place, self._error
         detail = error or (self._detail() if place.phase == "data" else "")
         self._beats += 1
-        waits = any(_is_in_collective(frame) for frame in sys._current_frames().values())
+        waits = self._waits_at is place or any(_is_in_collective(frame) for frame in sys._current_frames().values())
         phase = "ended" if error else place.phase
         return Record(self._rank, self._host, self._pid, self._born, self._beats, place.step, phase, waits, detail)
 
@@ -166,12 +167,16 @@ class Watchdog:
     def _look_on(self) -> None:
         """Two looks at the board, more than two beats apart, the second when the limit is reached."""
         before: tuple[_Place, dict[int, Record]] | None = None
+        asked_at: _Place | None = None
         apart, shortest = 3 * self._beat_seconds, min(self._limits.values())
         while True:
             place = self._place
             age, limit = time.monotonic() - place.since, self._limits[place.phase]
             # for a main thread that keeps the interpreter, and with it this thread, to itself
             faulthandler.dump_traceback_later(limit - age + apart + 5.0, exit=True, file=self._stacks)
+            if age >= limit / 2 and asked_at is not place:
+                asked_at = place
+                self._start(self._ask_for_collectives, place)
             if before is not None and before[0] is not place:
                 before = None
             if before is None and age >= limit - apart and self._board is not None:
@@ -182,6 +187,12 @@ class Watchdog:
             pause = max(0.05, min(1.0, limit - age, shortest / 40))
             if self._stopped.wait(pause if age >= limit / 2 else max(pause, min(self._beat_seconds, shortest / 8))):
                 return
+
+    def _ask_for_collectives(self, place: _Place) -> None:
+        """NCCL's collectives are waited for on the GPU, where no stack shows them; the thread that asks may block."""
+        with suppress(RuntimeError, ValueError, KeyError):
+            if waits_for_others() and self._place is place:
+                self._waits_at = place
 
     def _has_verdict(self) -> bool:
         return self._board is not None and (self._board.folder / _VERDICT).exists()

@@ -140,8 +140,8 @@ def defaults(environment: Mapping[str, str], sharing: int, run_dir: Path | None 
 def _number(environment: Mapping[str, str], name: str) -> int:
     value = environment.get(name, "")
     if not value.isdigit():
+        found = repr(value) if name in environment else "not set"
         raise DistributedFault(
-            f"{name} is {environment.get(name)!r}, expected a number as srun sets it; without Slurm use"
-            " `hydra-scale launch local`"
+            f"{name} is {found}, expected a number as srun sets it; without Slurm use `hydra-scale launch local`"
         )
     return int(value)

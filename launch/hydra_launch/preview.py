@@ -41,10 +41,14 @@ def describe_layout(config: Config, plan: JobPlan) -> Iterator[str]:
         f" {parallel.pipeline} x tensor {parallel.tensor}; ZeRO {config.zero.stage}; {layout.num_micro_batches} micro"
         f" batches of {config.training.micro_batch_size} sequences a step"
     )
+    paths = [source.path for source in config.data.sources]
+    absent = [path for path in paths if "://" not in path and not (plan.working_directory / path).exists()]
+    if absent:
+        yield f"data         {', '.join(absent)}: not on this machine; the nodes must see it"
     if plan.gpus_per_node:
         peak = _peak(config, plan)
-        absent = "not predicted: the tokenizer will say model.vocab_size"
-        yield f"memory       {absent if peak is None else f'{peak / 1e9:.1f} GB of a GPU, predicted'}"
+        unknown = "not predicted: the tokenizer will say model.vocab_size"
+        yield f"memory       {unknown if peak is None else f'{peak / 1e9:.1f} GB of a GPU, predicted'}"
 
 
 def describe_places(plan: JobPlan, jobs: Sequence[str] = ()) -> Iterator[str]:

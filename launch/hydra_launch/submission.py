@@ -40,7 +40,7 @@ def prepare(plan: JobPlan, site: Site, config: Path, overrides: list[str], sweep
     if plan.array_size and plan.segments > 1:
         raise ConfigError("--array and --segments: an array has no chain; leave one of them out")
     folders = [plan.run_dir / f"{index:04d}" for index in range(len(sweep))] if sweep else [plan.run_dir]
-    runs = {folder: load_config(config, [*overrides, *own]) for folder, own in zip(folders, sweep or [[]], strict=True)}
+    runs = {folder: _load(config, overrides, own) for folder, own in zip(folders, sweep or [[]], strict=True)}
     for folder, settings in runs.items():
         check_layout(settings, plan.world_size)
         check_memory(settings, plan, site)
@@ -114,6 +114,13 @@ def read_sweep(path: Path | None) -> list[list[str]]:
     if not (runs := [line for line in lines if line]):
         raise ConfigError(f"{path}: no run in it; write one run a line, such as `optimizer.lr=1e-3 training.seed=2`")
     return runs
+
+
+def _load(config: Path, overrides: list[str], own: list[str]) -> Config:
+    try:
+        return load_config(config, [*overrides, *own])
+    except ConfigError as error:
+        raise ConfigError(f"run `{shlex.join(own)}` of --array: {error}" if own else str(error)) from None
 
 
 def _is_done(folder: Path, settings: Config) -> bool:

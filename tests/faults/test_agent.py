@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,8 +20,11 @@ from typer.testing import CliRunner
 from waiting import wait_until
 
 from hydra_launch.commands import launch
+from hydra_launch.environment import port_of
 from hydra_scale.errors import ConfigError
 from hydra_scale.run_folder import RunFolder
+
+JOB = 4711
 
 
 @contextmanager
@@ -136,6 +141,59 @@ def test_a_run_that_never_gets_on_is_given_up(corpus: Path, tmp_path: Path, figu
     assert agent.returncode == 137 and len(killed) == 3, errors
     assert errors.count("started again") == 2 and "gave up: 2 restarts without a new checkpoint" in errors
     figures(16, "killed at every start, 2 restarts allowed: given up after 2", times=len(killed))
+
+
+@contextmanager
+def on_nodes(run: Path, restart: int, *settings: str) -> Iterator[list["subprocess.Popen[str]"]]:
+    """What srun starts on each of two nodes of job 4711 that has been requeued so often; both are this host."""
+    arguments = ["torchrun", "--processes=1", "--", "--config", str(TINY), "--run-dir", str(run), *settings]
+    nodes = []
+    for node in range(2):
+        place = {"SLURM_PROCID": node, "SLURM_NODEID": node, "SLURM_LOCALID": 0, "SLURM_NTASKS": 2, "SLURM_NNODES": 2}
+        job = {"SLURM_JOB_ID": JOB, "SLURM_RESTART_COUNT": restart, "OMP_NUM_THREADS": 1}
+        stop_file = {"HYDRA_SCALE_MASTER_ADDR": "127.0.0.1", "HYDRA_SCALE_STOP_FILE": f"{run}.{restart}.stop"}
+        variables = {name: str(value) for name, value in (place | job | stop_file).items()}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hydra_launch.node", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True, env=os.environ | variables,
+        )  # fmt: skip
+        nodes.append(process)
+    try:
+        yield nodes
+    finally:
+        for process in nodes:
+            process.kill()
+            process.wait()
+
+
+@pytest.mark.faults
+def test_a_port_that_is_taken_and_a_store_that_is_lost(corpus: Path, tmp_path: Path, figures: Figures) -> None:
+    """Two agents: each start of the job has a port of its own; the one whose agent held the store is started again."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", "training.steps=60", "checkpoint.every=4"]
+    begin = time.monotonic()
+    with socket.create_server(("", port_of(JOB, 0))), on_nodes(run, 0, *settings) as (first, _):
+        said, _ = first.communicate(timeout=60)
+    figures(31, "the job's port is taken: named by the first node", detected=[time.monotonic() - begin])
+    assert first.returncode == 5, said
+    assert f"error: port {port_of(JOB, 0)} of " in said and "so that the next start has another" in said
+    assert (tmp_path / "run.0.code").read_text() == "5\n"
+
+    run_ranks(2, train, tmp_path / "undisturbed", settings)
+    with on_nodes(run, 1, *settings) as (first, second):
+        wait_until(lambda: bool(RunFolder(run).checkpoints.steps()), 90, "no checkpoint")
+        first.kill()
+        killed_at, lost = time.monotonic(), len(rows(run, "loss"))
+        said, _ = second.communicate(timeout=30)
+        detected = time.monotonic() - killed_at
+    lost -= RunFolder(run).checkpoints.steps()[-1]
+    assert second.returncode == 6, said
+    assert re.search(r"DistributedFault|error: step \d+: rank 0 \(process \d+ on \S+\) was killed", said), said
+    with on_nodes(run, 2, *settings) as nodes:
+        ends = [node.communicate(timeout=90)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], ends
+    assert f"2 nodes meet at 127.0.0.1:{port_of(JOB, 2)}" in ends[0]
+    assert_same_run(run, tmp_path / "undisturbed")
+    figures(31, "SIGKILL of the agent that holds the store, started again", lost_steps=lost, detected=[detected])
 
 
 def test_a_layout_that_does_not_fit_starts_nothing(tmp_path: Path) -> None:

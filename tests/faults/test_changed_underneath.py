@@ -1,6 +1,7 @@
 """What others change while a run stands or trains: its shard, the times of its files."""
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,18 +11,19 @@ from figures import Figures
 from ranks import run_ranks
 from runs import assert_same_run, before_call, rows, train
 
+from hydra_data_prep.prepare import PrepareOptions, prepare
+from hydra_scale.errors import DataError
 from hydra_scale.run_folder import RunFolder
 
 STEPS = 12
 SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", "checkpoint.keep=9", "evaluation.every=12",
             "training.micro_batch_size=8"]  # fmt: skip
+THREE = ["training.steps=12", "training.global_batch_size=12", "training.micro_batch_size=4", "checkpoint.every=1"]
 
 
 @pytest.fixture
 def shard(prose: Path, tmp_path: Path) -> Path:
     """The one shard of a prepared folder that a test may spoil."""
-    from hydra_data_prep.prepare import PrepareOptions, prepare
-
     output = tmp_path / "corpus"
     prepare(PrepareOptions(source="text", input=(prose,), output=output, tokenizer="bytes", eval_fraction=0.1))
     (found,) = (output / "train").glob("shard-*.tar")
@@ -56,6 +58,66 @@ def train_while(run: Path, overrides: list[str], change: str, shard: Path) -> No
     changes: dict[str, Callable[[], object]] = {"cut": lambda: os.truncate(shard, 512), "deleted": shard.unlink}
     loader._Batches.__call__ = before_call(loader._Batches.__call__, 6, changes[change])  # type: ignore[method-assign]
     train(run, overrides)
+
+
+def test_a_rank_with_another_folder_is_named(corpus: Path, tmp_path: Path, prose: Path, figures: Figures) -> None:
+    """As where each node has a copy and one is of another preparation: by all ranks, before anything is written."""
+    other = tmp_path / "other"
+    prepare(PrepareOptions(source="text", input=(prose,), output=other, tokenizer="bytes", eval_fraction=0.2))
+    told = run_ranks(3, error_with_data_of_its_own, tmp_path / "run", [f"data.train={corpus}", *THREE], other)
+    assert len({*told}) == 1
+    assert re.match(rf"{corpus}: hash of its manifest: rank 1 on \S+ has \w+, rank 0 on \S+ \w+; give all", told[0])
+    assert not (tmp_path / "run").exists()
+    figures(29, "another prepared folder on one of 3 ranks: named before anything is written")
+
+
+def error_with_data_of_its_own(run: Path, overrides: list[str], other: Path) -> str:
+    """Rank 1 finds the other folder at the place that all were given."""
+    from hydra_scale.data import sequences
+
+    if os.environ["RANK"] == "1":
+        split = sequences.PreparedSplit.__init__
+        sequences.PreparedSplit.__init__ = lambda self, path, *rest: split(self, str(other), *rest)  # type: ignore
+    return error_of(run, overrides)
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), [(3, "zero.stage=1"), (2, "parallel.tensor=2")])
+def test_a_rank_that_loses_its_place_is_named(
+    corpus: Path, tmp_path: Path, figures: Figures, num_ranks: int, layout: str
+) -> None:
+    """In step 5 it begins to take the documents of the batch behind the right one: told by all ranks before step 6."""
+    settings = [f"data.train={corpus}", *THREE, "numerics.check_replicas_every=2", layout]
+    told = run_ranks(num_ranks, error_out_of_place, tmp_path / "run", settings)
+    assert len({*told}) == 1
+    assert re.match(r"before step 6, hash of its documents: rank 1 on \S+ has \w+, rank 0 on \S+ \w+; ", told[0])
+    assert "checkpoints up to step 3 are known to be good, later ones are suspect" in told[0]
+    figures(29, f"other documents on one of {num_ranks} ranks, {layout}: named before the next comparison")
+
+
+def error_out_of_place(run: Path, overrides: list[str]) -> str:
+    """Rank 1 is a batch ahead in whatever it looks up from step 5 on."""
+    from hydra_scale.data.sequences import MixedSplits
+    from hydra_scale.training import pretrain
+
+    pieces, lay_out, ahead = MixedSplits.pieces, MixedSplits.lay_out, 0
+
+    def slip() -> None:
+        nonlocal ahead
+        ahead = 12
+
+    if os.environ["RANK"] == "1":
+        pretrain.train_step = before_call(pretrain.train_step, 5, slip)
+        MixedSplits.pieces = lambda self, first, count: pieces(self, first + ahead, count)  # type: ignore
+        MixedSplits.lay_out = lambda self, first, count: lay_out(self, first + ahead, count)  # type: ignore
+    return error_of(run, overrides)
+
+
+def error_of(run: Path, overrides: list[str]) -> str:
+    try:
+        train(run, overrides)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def test_the_newest_is_told_by_its_step_and_never_by_time(corpus: Path, tmp_path: Path, figures: Figures) -> None:

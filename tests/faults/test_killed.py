@@ -1,13 +1,18 @@
 """SIGKILL anywhere, the same command again: bit-equal weights, losses and document order, nothing twice."""
 
+import json
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
 from figures import Figures
 from ranks import run_ranks, run_to_death
 from runs import assert_same_run, before_call, ledger, rows, train
+
+from hydra_scale.monitor.console import set_up_logging
+from hydra_scale.run_folder import RunFolder
 
 STEPS = 12
 SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", "evaluation.every=3", "model.dropout=0.1"]
@@ -46,6 +51,23 @@ def test_killed_at_every_start(corpus: Path, undisturbed: Path, tmp_path: Path) 
     assert_same_run(run, undisturbed)
 
 
+def test_what_a_dead_holder_left_is_taken_over(
+    corpus: Path, undisturbed: Path, tmp_path: Path, figures: Figures
+) -> None:
+    """Its process number is that of another process by now, which lives; nobody waits, and a line says what happens."""
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
+    assert run_to_death(train_and_die, run, settings, "step", 7) == -signal.SIGKILL
+    left = json.loads((run / "epoch").read_text())
+    left["holder"] = f"process {os.getpid()} on {socket.gethostname()}"
+    (run / "epoch").write_text(json.dumps(left))
+    first = RunFolder(run).checkpoints.steps()[-1] + 1
+    run_ranks(1, train_with_its_log, run, settings)
+    assert_same_run(run, undisturbed)
+    line = f"start 2 of this run; takes over from {left['holder']}, which began {left['since']} and, if it still runs,"
+    assert (run / "train.log").read_text().count(line) == 1
+    figures(35, "the folder of a killed holder, whose process number another has", lost_steps=7 - first)
+
+
 def test_one_of_two_ranks_killed(corpus: Path, tmp_path: Path) -> None:
     settings = [f"data.train={corpus}", *SETTINGS]
     run_ranks(2, train, tmp_path / "undisturbed", settings)
@@ -72,6 +94,12 @@ def test_continues_on_another_number_of_ranks(
     for key in ("loss", "grad_norm"):
         assert rows(run, key) == pytest.approx(rows(tmp_path / "one", key), rel=1e-5)
     figures(18, f"{before} ranks to {after}: losses within 1e-5, same ledger", lost_steps=0, bit_equal=False)
+
+
+def train_with_its_log(run_dir: Path, overrides: list[str]) -> None:
+    """`train`; train.log gets the lines that it gets from the command line."""
+    set_up_logging()
+    train(run_dir, overrides)
 
 
 def train_and_die_on_rank_1(run_dir: Path, overrides: list[str]) -> None:

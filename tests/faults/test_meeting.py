@@ -3,11 +3,16 @@
 import os
 import re
 import time
+from datetime import timedelta
 from pathlib import Path
 
+import pytest
 from figures import Figures
 from ranks import end_ranks
 from runs import train
+
+from hydra_scale.errors import DistributedFault
+from hydra_scale.meeting import meet
 
 
 def test_a_rank_that_never_comes_is_named(corpus: Path, tmp_path: Path, figures: Figures) -> None:
@@ -23,7 +28,7 @@ def test_a_rank_that_never_comes_is_named(corpus: Path, tmp_path: Path, figures:
     figures(32, "one of four ranks never comes, limit 4 s (the others' start included)", detected=[seconds])
 
 
-def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Path) -> None:
+def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Path, figures: Figures) -> None:
     settings = [f"data.train={corpus}"]
     for change, told in {
         "seed": r"rank 1 on \S+: training\.seed is 2, rank 0 on \S+ has 1;",
@@ -34,6 +39,15 @@ def test_other_settings_and_other_versions_are_named(corpus: Path, tmp_path: Pat
             said = (tmp_path / f"stderr-{rank}").read_text()
             assert re.search(told, said), said
         assert not (tmp_path / change).exists()
+    figures(29, "another seed, or another PyTorch, on one rank: named before anything is written", times=2)
+
+
+def test_ranks_without_an_address_to_meet_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, not after the time that the others have to come."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(DistributedFault, match="^MASTER_ADDR is '', MASTER_PORT '': expected where"):
+        meet(0, 2, timedelta(minutes=10), {})
 
 
 def train_told(run_dir: Path, overrides: list[str], change: str) -> None:

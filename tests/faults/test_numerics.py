@@ -1,16 +1,17 @@
 """Numbers that go wrong on one rank: all ranks decide alike, and what is kept is what was right."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from disturbed import train_with_bad_gradients
 from figures import Figures
 from ranks import run_ranks
-from runs import assert_same_run, fault_of, ledger, notes, rows, train, weights
-from safetensors import safe_open
+from runs import TINY, assert_same_run, fault_of, ledger, notes, rows, same_state, train, weights
 
 from hydra_scale.run_folder import RunFolder
 
@@ -20,47 +21,23 @@ SETTINGS = [
 BAD = 4
 
 
-def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Parameters and moments as the files of a checkpoint hold them."""
-    found: dict[str, torch.Tensor] = {}
-    for path in sorted(RunFolder(run).checkpoints.at(step).glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            found |= {f"{path.name} {name}": file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
-
-
-def same(run: Path, one: int, other: int) -> bool:
-    first, second = state(run, one), state(run, other)
-    assert first and first.keys() == second.keys()
-    return all(torch.equal(first[name], second[name]) for name in first)
-
-
-def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: int) -> str:
-    """The gradients of the last rank are NaN from the first to the last of these passes; returns what ends the run."""
-    from hydra_scale.parallel.zero import ZeroOptimizer
-
-    accumulate, calls = ZeroOptimizer.accumulate, 0
-
-    def disturbed(self: Any, batches: Any, scale: float) -> Any:
-        nonlocal calls
-        calls += 1
-        is_hit = first <= calls <= last and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-        return accumulate(self, batches, float("nan") if is_hit else scale)
-
-    ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
-    return fault_of(run, overrides)
-
-
 @pytest.mark.parametrize(
-    "layout", ["zero.stage=1", "zero.stage=3", "parallel.tensor=2", "parallel.pipeline=2 training.precision=bf16"]
-)
-def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, layout: str) -> None:
+    ("layout", "ranks"),
+    [
+        ("zero.stage=1", "1"), ("zero.stage=3", ""), ("parallel.tensor=2", "01"),
+        ("parallel.pipeline=2 training.precision=bf16", "01"),
+    ],
+)  # fmt: skip
+def test_a_bad_step_is_skipped(corpus: Path, tmp_path: Path, figures: Figures, layout: str, ranks: str) -> None:
+    """And says whose gradients were bad, where that is known: those of ranks that share a model infect each other."""
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *layout.split(), "numerics.non_finite=skip"]
     assert run_ranks(2, train_with_bad_gradients, run, settings, BAD, BAD + 1) == ["", ""]
-    assert same(run, BAD - 1, BAD) and not same(run, BAD, BAD + 1)
+    assert same_state(run, BAD - 1, BAD) and not same_state(run, BAD, BAD + 1)
     (skipped,) = notes(run, "skipped")
     assert "persistent" in skipped["skipped"]
+    assert re.findall(r"rank (\d) on", skipped["skipped"]) == [*ranks]
     assert (skipped["step"], skipped["sequences"]) == (BAD, [24, 31])
+    figures(27, f"NaN twice, {layout}: skipped, {' and '.join(f'rank {rank}' for rank in ranks) or 'no rank'} named")
     assert rows(run, "lr") and len(rows(run, "loss")) == 7
     assert [row["step"] for row in ledger(run)] == list(range(1, 9))
 
@@ -69,7 +46,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(corpus: Path, tmp_path: Path) -
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "numerics.non_finite=skip"]
     errors = run_ranks(2, train_with_bad_gradients, run, [*settings, "numerics.max_skips=2"], BAD, 9)
     assert all(error.startswith("step 6: ") and "3 steps in a row" in error for error in errors)
-    assert same(run, BAD - 1, BAD + 1)
+    assert same_state(run, BAD - 1, BAD + 1)
 
 
 def test_a_bad_step_ends_the_run_and_the_save_before_it_is_finished(corpus: Path, tmp_path: Path) -> None:
@@ -88,6 +65,7 @@ def test_a_step_that_is_right_the_second_time(corpus: Path, tmp_path: Path, tran
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, "model.dropout=0.1"]
     errors = run_ranks(2, train_with_bad_gradients, run, [*settings, f"numerics.transient={transient}"], BAD, BAD)
     if transient == "stop":
+        assert all("; not finite on rank 1 on " in error for error in errors)
         assert all("transient, a machine is suspected" in error for error in errors)
         assert RunFolder(run).checkpoints.steps()[-1] == BAD - 1
         run_ranks(2, train, run, settings)
@@ -97,6 +75,33 @@ def test_a_step_that_is_right_the_second_time(corpus: Path, tmp_path: Path, tran
         assert note["step"] == BAD and "transient, a machine is suspected" in note["transient"]
     run_ranks(2, train, tmp_path / "undisturbed", settings)
     assert_same_run(run, tmp_path / "undisturbed")
+
+
+def sources_of_bad_elements(corpus: Path) -> list[list[int]]:
+    """Each rank puts one bad element into each share, alone, and then all but rank 1 into their own."""
+    from hydra_scale.config_file import load_config
+    from hydra_scale.topology import joined
+    from hydra_scale.training.assembly import assembled
+
+    config = load_config(TINY, [f"data.train={corpus}"])
+    found = []
+    with joined(config.parallel) as topology, assembled(config, 300, topology) as (_, optimizer):
+        size, flat = topology.data_size, optimizer._flat
+        assert flat is not None
+        plans = [{rank: share} for rank in range(size) for share in range(size)]
+        for plan in [*plans, {rank: rank for rank in range(size) if rank != 1}, {}]:
+            flat.start()
+            if topology.rank in plan:
+                flat._groups[-1].flat.view(size, -1)[plan[topology.rank], -1] = float("-inf")
+            flat.finish()
+            found.append(optimizer.sources_not_finite())
+    return found
+
+
+def test_the_source_of_one_bad_element_is_known(corpus: Path) -> None:
+    """Also of one in the rank's own share, where only the average of all is left."""
+    expected = [*([rank] for rank in range(3) for _ in range(3)), [0, 2], []]
+    assert run_ranks(3, sources_of_bad_elements, corpus) == [expected] * 3
 
 
 def train_with_a_spike(run: Path, overrides: list[str], call: int) -> str:
@@ -134,7 +139,7 @@ def test_a_spike_is_skipped_also_by_a_run_that_goes_on_from_a_checkpoint(
 ) -> None:
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS, *SPIKES, layout, "numerics.spike=skip"]
     assert run_ranks(2, train_with_a_spike, run, settings, 10) == ["", ""]
-    assert same(run, 9, 10) and not same(run, 10, 11)
+    assert same_state(run, 9, 10) and not same_state(run, 10, 11)
     (skipped,) = notes(run, "skipped")
     assert skipped["step"] == 10 and "a spike" in skipped["skipped"]
     expected = rows(run, "loss"), weights(run)
@@ -164,11 +169,11 @@ def train_with_a_flipped_bit(run: Path, overrides: list[str]) -> str:
 
     check = NumericsGuard.check_replicas
 
-    def disturbed(self: Any, step: int) -> None:
+    def disturbed(self: Any, step: int, documents: Any) -> None:
         if step == 6 and os.environ["RANK"] == "1":
             weight = dict(self._model.named_parameters())["encoder.layers.1.norm.weight"]
             weight.data.view(torch.int32)[5] ^= 1 << 3
-        check(self, step)
+        check(self, step, documents)
 
     NumericsGuard.check_replicas = disturbed  # type: ignore[method-assign]
     return fault_of(run, overrides)

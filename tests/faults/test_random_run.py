@@ -17,18 +17,25 @@ SETTINGS = [
     f"checkpoint.every={EVERY}", "checkpoint.keep=4", "evaluation.every=50", "evaluation.sequences=4",
     "monitor.tensorboard=false", "watchdog.step=4",
 ]  # fmt: skip
+IN_A_SAVE = {kind for kind in KINDS if kind.endswith("a save") and kind != "TERM in a save"}
+ANNOUNCED = {"TERM", "USR1", "stop request"}
 ONLY_RANK_0 = {"SIGKILL in the publication of a save", "half a line in the metrics, then SIGKILL"}
 
 
 def drawn(seed: int) -> list[Fault]:
-    """Every kind about equally often, one fault a step; bits rot once there is more than one checkpoint."""
+    """Every kind about equally often, one fault a step; bits rot once there is more than one checkpoint, and no save is
+    disturbed that an announced stop makes, of which it would be said that it lost nothing."""
     draw = random.Random(seed)
     kinds = [*KINDS] * (NUM_FAULTS // len(KINDS)) + draw.sample([*KINDS], NUM_FAULTS % len(KINDS))
     while True:
         draw.shuffle(kinds)
         steps = sorted(draw.sample(range(1, STEPS), NUM_FAULTS))
         plan = [Fault(s, k, 0 if k in ONLY_RANK_0 else draw.randrange(2)) for s, k in zip(steps, kinds, strict=True)]
-        if all(fault.step > 4 * EVERY for fault in plan if fault.kind.startswith("bit rot")):
+        announced = [fault.step for fault in plan if fault.kind in ANNOUNCED]
+        disturbed = [fault.step for fault in plan if fault.kind in IN_A_SAVE]
+        if all(fault.step > 4 * EVERY for fault in plan if fault.kind.startswith("bit rot")) and not any(
+            step < stop <= step + EVERY for step in disturbed for stop in announced
+        ):
             return plan
 
 

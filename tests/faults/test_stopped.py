@@ -35,7 +35,8 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 @pytest.mark.parametrize(
     ("num_ranks", "notice", "on_rank", "step", "reason"),
     [
-        (1, "TERM", 0, 6, "SIGNAL"), (2, "TERM", 0, 1, "SIGNAL"), (2, "USR1", 1, 8, "SIGNAL"),
+        (1, "TERM", 0, 6, "SIGNAL"), (1, "INT", 0, 3, "SIGNAL"), (2, "TERM", 0, 1, "SIGNAL"),
+        (2, "USR1", 1, 8, "SIGNAL"),
         (2, "file", 0, 10, "STOP_REQUEST"), (2, "attempt", 0, 7, "STOP_REQUEST"), (2, "clock", 0, 11, "TIME_LIMIT"),
     ],
 )  # fmt: skip
@@ -88,6 +89,13 @@ def test_a_signal_before_the_imports_is_not_lost(corpus: Path, tmp_path: Path) -
     assert rows(run, "loss") == []
 
 
+def test_a_second_control_c_ends_at_once(corpus: Path, tmp_path: Path) -> None:
+    run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
+    with pytest.raises(AssertionError, match="KeyboardInterrupt"):
+        run_ranks(1, train_and_stop, run, settings, "INT twice", 0, 3)
+    assert RunFolder(run).checkpoints.steps() == []
+
+
 def test_a_finished_run_ends_at_once(corpus: Path, tmp_path: Path) -> None:
     """And further steps are still possible."""
     run, settings = tmp_path / "run", [f"data.train={corpus}", *SETTINGS]
@@ -137,12 +145,16 @@ def train_and_stop(run_dir: Path, overrides: list[str], notice: str, on_rank: in
     """The reason to stop, and whether the handlers of before are back."""
     from hydra_scale.training import pretrain, stopping
 
-    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal
+    handled = (*stopping.SIGNALS, signal.SIGINT)
+    before = [signal.getsignal(number) for number in handled]
     os.environ[stopping.STOP_FILE] = str(run_dir / "attempt.stop")
     clock = SimpleNamespace(time=lambda: 0.0)
     stopping.time = clock  # type: ignore[assignment]
     actions: dict[str, Callable[[], Any]] = {
         "TERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+        "INT": lambda: os.kill(os.getpid(), signal.SIGINT),
+        "INT twice": lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)],
         "USR1": lambda: os.kill(os.getpid(), signal.SIGUSR1),
         "file": RunMarks(run_dir).request_stop,
         "attempt": (run_dir / "attempt.stop").touch,
@@ -153,7 +165,7 @@ def train_and_stop(run_dir: Path, overrides: list[str], notice: str, on_rank: in
         pretrain.train_step = before_call(pretrain.train_step, step, actions[notice])
     with stopping.StopNotices(run_dir, stop_at=1000.0) as notices:
         reason = pretrain.pretrain(load_config(TINY, overrides), run_dir, notices)
-    return reason.name, before == [signal.getsignal(number) for number in stopping.SIGNALS]
+    return reason.name, before == [signal.getsignal(number) for number in handled]
 
 
 def act_in_save(run_dir: Path, overrides: list[str], action: str) -> str:

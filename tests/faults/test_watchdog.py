@@ -24,6 +24,9 @@ SETTINGS = [f"training.steps={STEPS}", "checkpoint.every=4", f"watchdog.step={LI
                      r"step 6 .*: rank 0 \(process \d+ on \S+\) is silent, last heard of at step [2-6], phase",
                      marks=pytest.mark.faults),
         ("hang in the step", 1, r"rank 1 \(process \d+ on \S+\) is alive but stuck at step 6, phase step"),
+        pytest.param("hang in the step, as over NCCL", 1,
+                     r"rank 1 \(process \d+ on \S+\) is alive but stuck at step 6, phase step",
+                     marks=pytest.mark.faults),
         pytest.param("hang in C", 1,
                      r"rank 1 \(process \d+ on \S+\) is silent, last heard of at step [2-6], phase",
                      marks=pytest.mark.faults),
@@ -89,6 +92,7 @@ def train_with(run_dir: Path, overrides: list[str], fault: str, on_rank: int) ->
     from hydra_scale.data import loader
     from hydra_scale.errors import DataError
     from hydra_scale.training import pretrain
+    from hydra_scale.watch import watchdog
 
     rank = int(os.environ["RANK"])
     with (run_dir.parent / f"stderr-{rank}").open("w") as stderr:
@@ -104,6 +108,8 @@ def train_with(run_dir: Path, overrides: list[str], fault: str, on_rank: int) ->
             time.sleep(1000)
         os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
 
+    if fault.endswith("NCCL"):
+        watchdog._COLLECTIVES = ()  # type: ignore[assignment]  # no stack shows who waits on a GPU
     if rank == on_rank:
         owner, name = (loader._Batches, "__call__") if fault == "hang in the data" else (pretrain, "train_step")
         setattr(owner, name, before_call(getattr(owner, name), 6, act))

@@ -46,6 +46,7 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
         ("data: {train: x}\n", ["schedule.warmup_steps=5000"], "schedule.warmup_steps is 5000; at most training.steps"),
         ("data: {train: x}\n", ["checkpoint.keep=1"], "checkpoint.keep: found 1"),
         ("data: {train: x}\n", ["zero.buckets=3"], "unknown key zero.buckets"),
+        ("data: {train: x}\n", ["zeor.stage=3"], "override 'zeor.stage=3': unknown key zeor; did you mean zero"),
         ("data: {train: x}\n", ["seqlen"], "override 'seqlen': expected the form section.key=value"),
         ("training: {steps: 3}\n", [], "data is missing"),
         ("- a\n- b\n", [], "found a list at the top"),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from figures import Figures
 from ranks import run_to_death
 from safetensors.torch import save as serialised
 
@@ -64,8 +65,8 @@ def test_round_trip_through_other_slices(folder: CheckpointFolder) -> None:
             assert torch.equal(other.exp_avg, exp_avg.flatten()[1:4])
 
 
-def test_every_flipped_bit_and_every_cut_is_caught(folder: CheckpointFolder) -> None:
-    path = write(folder, 1)
+def test_every_flipped_bit_and_every_cut_is_caught(folder: CheckpointFolder, figures: Figures) -> None:
+    path, count = write(folder, 1), 0
     for file in sorted(path.iterdir()):
         content = file.read_bytes()
         for place in range(0, len(content), max(1, len(content) // 97)):
@@ -73,10 +74,12 @@ def test_every_flipped_bit_and_every_cut_is_caught(folder: CheckpointFolder) -> 
             assert_refused(path)
             file.write_bytes(content[:place])
             assert_refused(path)
+            count += 2
         file.unlink()
         assert_refused(path)
         file.write_bytes(content)
     verify_files(path, read_manifest(path))
+    figures(21, "a bit of a checkpoint's file, or its end: refused by name", times=count)
 
 
 def assert_refused(path: Path) -> None:
@@ -111,14 +114,15 @@ def test_a_missing_slice_is_not_published(folder: CheckpointFolder) -> None:
     assert folder.steps() == []
 
 
-NUM_OPERATIONS = 1 + 3 * 3 + (1 + 3 + 1) + (1 + 1) + (1 + 3 + 1)
+IN_DELETION = 1 + 3 + 1
+NUM_OPERATIONS = 1 + 3 * 3 + (1 + 3 + 1) + (1 + 1) + IN_DELETION
 """mkdir; three files written in two halves each; fsync of the rank's file, then of all and of the folder; rename and
 fsync of the parent; to delete the older one: rename, three unlinks, rmdir."""
 
 
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["waited-for", "behind-training"])
 def test_killed_at_any_file_operation_the_old_or_the_new_checkpoint_stands(
-    folder: CheckpointFolder, asynchronous: bool
+    folder: CheckpointFolder, figures: Figures, asynchronous: bool
 ) -> None:
     """Every open for writing, half-done write, flush, rename, mkdir, unlink and rmdir, retention's included."""
     write(folder, 1)
@@ -143,6 +147,9 @@ def test_killed_at_any_file_operation_the_old_or_the_new_checkpoint_stands(
             shutil.rmtree(folder.at(left))
         write(folder, 1)
     assert count - 1 == NUM_OPERATIONS
+    where, num_saving = "behind training" if asynchronous else "waited for", NUM_OPERATIONS - IN_DELETION
+    figures(10 if asynchronous else 9, f"SIGKILL at every file operation of a save, {where}", times=num_saving)
+    figures(39, f"SIGKILL at every file operation of a deletion, behind a save {where}", times=IN_DELETION)
     assert seen == {(1, -signal.SIGKILL), (2, -signal.SIGKILL), (2, 0)}
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from alone import job_of_one
+from figures import Figures
 from safetensors.torch import load_file
 
 from hydra_scale.checkpoint.load import CheckpointReader
@@ -19,12 +20,13 @@ from hydra_scale.run_folder import RunFolder
 KEPT = Path(__file__).parents[2] / "golden" / "run_v1"
 
 
-def test_logits_of_a_kept_run() -> None:
+def test_logits_of_a_kept_run(figures: Figures) -> None:
     """Those that the version that wrote it gave, fp32."""
     expected = load_file(KEPT / "expected.safetensors")
     with job_of_one(), torch.no_grad():
         rows = read_run(KEPT).run(Probe(expected["input_ids"], tuple(expected["lengths"].tolist())), "logits")
     assert (torch.cat(rows) - expected["logits"]).norm() <= 1e-5 * expected["logits"].norm()
+    figures(40, "a run folder of format version 1: its logits within 1e-5")
 
 
 def test_a_kept_checkpoint_is_whole_and_has_its_moments() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from figures import Figures
 from made_up import WriteFolder, random_documents
 
 from hydra_data_prep.verify import verify
@@ -131,7 +132,7 @@ def test_random_cuts_and_flips_are_never_silent(seed: int, write_folder: WriteFo
 
 
 @pytest.mark.parametrize("kind", ["cut", "flip"])
-def test_a_thousand_damages_of_a_shard_are_never_silent(kind: str, write_folder: WriteFolder) -> None:
+def test_a_thousand_damages_of_a_shard_are_never_silent(kind: str, write_folder: WriteFolder, figures: Figures) -> None:
     """Cuts at and flips of random places of one shard, headers and filling included: each is an error that names it."""
     folder = write_folder(random_documents(60), shard_bytes=4000)
     path, random = folder / "train" / "shard-000000.tar", np.random.default_rng(0)
@@ -145,6 +146,8 @@ def test_a_thousand_damages_of_a_shard_are_never_silent(kind: str, write_folder:
             read_everything(folder)
     path.write_bytes(content)
     assert np.array_equal(read_everything(folder), np.concatenate(random_documents(60)))
+    what = {"cut": "a shard cut anywhere", "flip": "a bit of a shard, header and filling included"}[kind]
+    figures(22, f"{what}: named before it is trained on", times=1000)
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:

@@ -230,7 +230,10 @@ def test_gpus_too_small_for_the_run_are_refused(tmp_path: Path) -> None:
     given = ["--config", str(TINY.with_name("hydra-base.yaml")), "--gpus-per-node=8", "--nodes=4", f"--site={site}"]
     command = ["slurm", *given, "--run-dir", str(tmp_path / "run"), "--dry-run", "data.train=x"]
     site.write_text("gpu_memory: 80GB")
-    assert "memory       9.4 GB of a GPU, predicted" in CliRunner().invoke(launch, command).output
+    shown = CliRunner().invoke(launch, command).output
+    assert "memory       9.4 GB of a GPU, predicted" in shown
+    assert "data         x: not on this machine; the nodes must see it" in shown
+    assert "data         " not in CliRunner().invoke(launch, [*command[:-1], f"data.train={tmp_path}"]).output
     site.write_text("gpu_memory: 10GB")
     failure = CliRunner().invoke(launch, command).exception
     assert isinstance(failure, ConfigError) and "predicted to need 9.4 GB, of gpu_memory 10GB" in str(failure)
@@ -273,6 +276,9 @@ def test_sweeps(tmp_path: Path) -> None:
     assert "--array and --segments" in str(failure)
     sweep.write_text("optimizer.lr=fast")
     assert "optimizer.lr: found 'fast'" in str(slurm(tmp_path / "runs", f"--array={sweep}")[1])
+    sweep.write_text("optimizer.lr=1e-3 trainin.seed=2")
+    told = str(slurm(tmp_path / "runs", f"--array={sweep}", "training.micro_batch_size=2")[1])
+    assert told.startswith("run `optimizer.lr=1e-3 trainin.seed=2` of --array: override 'trainin.seed=2': unknown key")
     sweep.write_text("# none\n")
     with pytest.raises(ConfigError, match="no run in it"):
         read_sweep(sweep)

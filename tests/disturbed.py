@@ -1,4 +1,4 @@
-"""A run of two ranks under a plan of faults, started again after each, and what each fault cost."""
+"""A run under a plan of faults, started again after each, and what each fault cost."""
 
 import errno
 import json
@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 
 import torch
 from ranks import end_ranks
-from runs import train
+from runs import fault_of, train
 
+from hydra_scale.accelerator import choose_accelerator
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.run_marks import RunMarks
 
 KINDS = {
     "SIGKILL of one rank": 1, "SIGKILL of both ranks": 2, "TERM": 5, "USR1": 5, "stop request": 5, "TERM in a save": 8,
     "SIGKILL in the write of a save": 10, "SIGKILL in the publication of a save": 9, "SIGSTOP": 12,
-    "hang in the data": 13, "bit rot in the newest checkpoint, then SIGKILL": 21, "disk full in a save": 24,
-    "NaN, once": 27, "a second start": 34, "out of memory": 36,
+    "hang in the step": 12, "hang in the data": 13, "bit rot in the newest checkpoint, then SIGKILL": 21,
+    "disk full in a save": 24, "NaN, once": 27, "a second start": 34, "out of memory": 36,
     "half a line in the metrics, then SIGKILL": 38,
 }  # fmt: skip
 """What can go wrong, and its row in the fault matrix."""
@@ -46,15 +47,17 @@ class Cost(NamedTuple):
     """Seconds until the first new step was done."""
 
 
-def run_disturbed(run: Path, settings: list[str], plan: list[Fault]) -> list[Cost]:
+def run_disturbed(run: Path, settings: list[str], plan: list[Fault], num_ranks: int = 2) -> list[Cost]:
     """Train to the end, starting again as often as needed; what each fault cost, in the order in which they came.
+
+    Beside the run folder lies what each rank of each attempt said: stderr-ATTEMPT-RANK.
 
     Raises:
         AssertionError: the run needs many more starts than there are faults, or a fault never came.
     """
     events = _Events(run.parent / "events.jsonl")
     for attempt in range(2 * len(plan) + 1):
-        end_ranks(2, _attempt, run, settings, plan, attempt, timeout=250)
+        end_ranks(num_ranks, _attempt, run, settings, plan, attempt, timeout=250)
         events.add(event="ended", step=_last_step(run))
         if RunMarks(run).steps_done():
             came = [event["number"] for event in events.all() if event["event"] == "fault"]
@@ -183,12 +186,14 @@ def _act(kind: str, run: Path, note: Callable[[], None]) -> None:
     elif kind == "SIGSTOP":
         note()
         os.kill(os.getpid(), signal.SIGSTOP)
+    elif kind == "hang in the step":
+        hang()
     elif kind == "a second start":
         note()
         RunMarks(run).claim()
     elif kind == "out of memory":
         note()
-        torch.empty(1 << 60, dtype=torch.uint8)
+        torch.empty(1 << 50, dtype=torch.uint8, device=choose_accelerator(int(os.environ["LOCAL_RANK"])).device)
     elif kind == "half a line in the metrics, then SIGKILL":
         with (run / "metrics.jsonl").open("a") as stream:
             stream.write('{"step": 1, "lo')
@@ -207,6 +212,22 @@ def _act(kind: str, run: Path, note: Callable[[], None]) -> None:
             "hang in the data": (loader._Batches, "__call__", hang),
         }[kind]
         _once(owner, name, action)
+
+
+def train_with_bad_gradients(run: Path, overrides: list[str], first: int, last: int) -> str:
+    """The gradients of the last rank are NaN from the first to the last of these passes; returns what ends the run."""
+    from hydra_scale.parallel.zero import ZeroOptimizer
+
+    accumulate, calls = ZeroOptimizer.accumulate, 0
+
+    def disturbed(self: Any, batches: Any, scale: float) -> Any:
+        nonlocal calls
+        calls += 1
+        is_hit = first <= calls <= last and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+        return accumulate(self, batches, float("nan") if is_hit else scale)
+
+    ZeroOptimizer.accumulate = disturbed  # type: ignore[method-assign]
+    return fault_of(run, overrides)
 
 
 def _once(owner: Any, name: str, action: Callable[[], None], change: Callable[..., Any] = lambda *args: args) -> None:
