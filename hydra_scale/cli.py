@@ -54,6 +54,10 @@ def prepare(
     soft_mask: Annotated[str, typer.Option(help="FASTA: lower-case bases: keep | hide (read as N)")] = "keep",
     image_size: Annotated[int | None, typer.Option(help="Images: pixels of a side, resized and cropped.")] = None,
     image_color: Annotated[str | None, typer.Option(help="Images: grey | rgb  [grey]")] = None,
+    image_labels: Annotated[
+        str | None,
+        typer.Option(help="Images: class of each: folders (INPUT/CLASS/...) | none  [folders, if any]"),
+    ] = None,
     min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
     near_duplicates: Annotated[
         float | None, typer.Option(help="Also drop documents this similar (0 to 1, Jaccard of word runs).")
@@ -90,7 +94,7 @@ def prepare(
         "min_characters": min_characters, "shard_size": shard_size, "threads": threads, "cache": cache,
         "divide": divide, "near_duplicates": near_duplicates, "language": language,
         "language_confidence": language_confidence, "quality": quality, "image_size": image_size,
-        "image_color": image_color,
+        "image_color": image_color, "image_labels": image_labels,
     }  # fmt: skip
     try:
         options = PrepareOptions.model_validate(values)
@@ -117,6 +121,9 @@ def prepare(
         typer.echo(f"licence    {report.licence}")
     typer.echo(f"documents  {report.train_documents:,} to train on, {report.eval_documents:,} held out")
     typer.echo(f"dropped    {_counted(report.dropped)}")
+    if report.classes:
+        sizes = ", ".join(f"{number:,} {name}" for name, number in list(report.classes.items())[:10])
+        typer.echo(f"classes    {len(report.classes):,}: {sizes}{', ...' * (len(report.classes) > 10)}")
     typer.echo(f"tokens     {report.train_tokens:,} to train on, {report.eval_tokens:,} held out")
     typer.echo(f"tokenizer  {report.vocab_size:,} pieces, {report.tokens_per_word:.2f} tokens a word")
     typer.echo(f"unknown    {report.unknown_rate:.4%} of the tokens")
@@ -316,6 +323,8 @@ def _counted(dropped: Mapping[str, object]) -> str:
 def _say_size(folder: Path, manifest: "Manifest") -> None:
     for split, entry in manifest.splits.items():
         typer.echo(f"{split:<11}{entry.documents:,} documents, {entry.tokens:,} tokens")
+    if manifest.classes:
+        typer.echo(f"classes    {len(manifest.classes):,}")
     if isinstance(dropped := manifest.source.get("dropped"), dict):
         typer.echo(f"dropped    {_counted(dropped)}")
     typer.echo(f"written    {folder}")

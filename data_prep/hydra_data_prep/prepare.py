@@ -16,9 +16,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from hydra_data_prep.archives import read_debs, read_wheels
-from hydra_data_prep.cleaning import CleanDocument, Cleaning, Filter
+from hydra_data_prep.cleaning import CleanDocument, Cleaning, Filter, Labelled
 from hydra_data_prep.fasta import FastaOptions
-from hydra_data_prep.images import ImageOptions, read_images
+from hydra_data_prep.images import Classes, ClassFolders, ImageOptions, find_classes, read_images
 from hydra_data_prep.language import LanguageFilter
 from hydra_data_prep.near_duplicates import NearDuplicates
 from hydra_data_prep.publish import check_free, published
@@ -27,8 +27,17 @@ from hydra_data_prep.registry import CORPORA, read_corpus
 from hydra_data_prep.sources import DocumentUnit, SourceOptions, list_files, read_files, source_suffixes
 from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
-from hydra_scale.data.manifest import DROPPED, TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
-from hydra_scale.data.shards import ShardWriter, Split, token_dtype
+from hydra_scale.data.manifest import (
+    DROPPED,
+    LABELLED,
+    PLAIN,
+    TOKENIZER_FOLDER,
+    Manifest,
+    SplitEntry,
+    TokenizerEntry,
+)
+from hydra_scale.data.shard_writer import ShardWriter
+from hydra_scale.data.shards import Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
 from hydra_scale.errors import ConfigError
 
@@ -81,6 +90,9 @@ class PrepareOptions(BaseModel):
     """Pixels of a side of the squares to which pictures are resized and cropped."""
     image_color: Literal["grey", "rgb"] | None = None
     """Values of a pixel: one (absent), or red, green and blue."""
+    image_labels: ClassFolders | None = None
+    """folders: the class of a picture is the folder inside the input in which it lies; none: pictures have no class;
+    absent: folders, if all pictures lie in such folders and there are two or more."""
     min_characters: Annotated[int, Field(ge=1)] = 1
     """Documents with fewer characters after normalisation are dropped."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
@@ -133,6 +145,8 @@ class Report:
     seconds: float
     licence: str | None
     """Licence of a downloaded source."""
+    classes: dict[str, int]
+    """Documents of each class, where they have labels."""
 
 
 def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, total: None) -> Report:
@@ -146,7 +160,8 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
     started = time.monotonic()
     _check(options)
     tokenizer = None if options.tokenizer == "sentencepiece" else existing_tokenizer(options.tokenizer)
-    documents = _open_source(options)
+    classes = find_classes(options.input, options.image_labels) if options.source == "images" else None
+    documents = _open_source(options, classes)
     near = NearDuplicates(options.near_duplicates) if options.near_duplicates else None
     filters = _filters(options)
     keep = options.part if options.divide == "documents" else None
@@ -158,11 +173,15 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
         if tokenizer is None:
             tokenizer = _train(spool, options, progress)
         tokenizer.save(folder / TOKENIZER_FOLDER)
-        writers = {split: _write_split(spool, split, folder, tokenizer, options, progress) for split in spool.splits}
+        labelled = classes is not None
+        writers = {
+            split: _write_split(spool, split, folder, tokenizer, options, progress, labelled) for split in spool.splits
+        }
         spool.remove()
         source = described(options) | {DROPPED: dict(cleaning.dropped)}
-        _manifest(tokenizer, source, {split: writer.entry for split, writer in writers.items()}).write(folder)
-    return _report(cleaning, spool, writers, tokenizer, options, time.monotonic() - started)
+        entries = {split: writer.entry for split, writer in writers.items()}
+        _manifest(tokenizer, source, entries, classes).write(folder)
+    return _report(cleaning, spool, writers, tokenizer, options, classes, time.monotonic() - started)
 
 
 def described(options: PrepareOptions) -> dict[str, JsonValue]:
@@ -192,8 +211,10 @@ def _check(options: PrepareOptions) -> None:
 
 def _check_images(options: PrepareOptions) -> None:
     if options.source != "images":
-        if options.image_size is not None or options.image_color is not None:
-            raise ConfigError(f"--image-size and --image-color are for --source images, found {options.source}")
+        if (options.image_size, options.image_color, options.image_labels) != (None, None, None):
+            raise ConfigError(
+                f"--image-size, --image-color and --image-labels are for --source images, found {options.source}"
+            )
         return
     if options.image_size is None:
         raise ConfigError("--source images needs --image-size N: pictures become N x N pixels")
@@ -214,9 +235,12 @@ def _filters(options: PrepareOptions) -> list[Filter]:
     return filters
 
 
-def _open_source(options: PrepareOptions) -> Iterator[str] | Iterator[bytes]:
+def _open_source(
+    options: PrepareOptions, classes: Classes | None
+) -> Iterator[str] | Iterator[bytes] | Iterator[Labelled]:
     if options.source == "images":
-        return read_images(_inputs(options), ImageOptions(options.image_size or 0, options.image_color or "grey"))
+        how_large = ImageOptions(options.image_size or 0, options.image_color or "grey")
+        return read_images(_inputs(options), how_large, classes)
     fasta = FastaOptions(options.window, options.reverse_complement, options.soft_mask)
     how = SourceOptions(options.text_field, options.document_unit, fasta)
     if options.source in CORPORA:
@@ -260,32 +284,42 @@ def _train(spool: Spool, options: PrepareOptions, progress: Progress) -> Tokeniz
 
 
 def _write_split(
-    spool: Spool, split: Split, folder: Path, tokenizer: Tokenizer, options: PrepareOptions, progress: Progress
+    spool: Spool,
+    split: Split,
+    folder: Path,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    progress: Progress,
+    labelled: bool,
 ) -> ShardWriter:
     stage, done, total = f"tokenising the {split} split", 0, spool.size(split)
     # no two samples of a joined folder have the same key
     key = split if options.part is None else f"{split}-part{options.part[0]:05d}"
-    with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size) as writer:
-        for texts, size in _batches(spool.documents(split)):
-            writer.add(tokenizer.encode(texts, num_threads=options.threads))
+    with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size, labelled=labelled) as writer:
+        for texts, labels, size in _batches(spool.documents(split)):
+            writer.add(tokenizer.encode(texts, num_threads=options.threads), labels)
             done += size
             progress(stage, min(done, total), total)
     progress(stage, total, total)
     return writer
 
 
-def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
-    """Lists of documents of about a million characters together, with that number."""
-    texts: list[str] = []
+def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], list[int], int]]:
+    """Documents of about a million characters together, the label of each if they have labels, and that number."""
+    texts: list[Any] = []
+    labels: list[int] = []
     size = 0
-    for text in documents:
+    for document in documents:
+        text = document.content if isinstance(document, Labelled) else document
+        if isinstance(document, Labelled):
+            labels.append(document.label)
         texts.append(text)
         size += len(text) + 1
         if size >= _BATCH_BYTES:
-            yield texts, size
-            texts, size = [], 0
+            yield texts, labels, size
+            texts, labels, size = [], [], 0
     if texts:
-        yield texts, size
+        yield texts, labels, size
 
 
 def _report(
@@ -294,6 +328,7 @@ def _report(
     writers: dict[Split, ShardWriter],
     tokenizer: Tokenizer,
     options: PrepareOptions,
+    classes: Classes | None,
     seconds: float,
 ) -> Report:
     counts = np.sum([writer.counts for writer in writers.values()], axis=0)
@@ -315,11 +350,20 @@ def _report(
         shard_bytes=sum(shard.bytes for writer in writers.values() for shard in writer.entry.shards),
         seconds=seconds,
         licence=CORPORA[options.source].licence if options.source in CORPORA else None,
+        classes=dict(zip(classes.names, _class_sizes(writers, len(classes.names)), strict=True)) if classes else {},
     )
 
 
-def _manifest(tokenizer: Tokenizer, source: dict[str, JsonValue], splits: dict[Split, SplitEntry]) -> Manifest:
+def _class_sizes(writers: dict[Split, ShardWriter], num_classes: int) -> list[int]:
+    return np.bincount(np.concatenate([writer.labels for writer in writers.values()]), minlength=num_classes).tolist()
+
+
+def _manifest(
+    tokenizer: Tokenizer, source: dict[str, JsonValue], splits: dict[Split, SplitEntry], classes: Classes | None
+) -> Manifest:
     return Manifest(
+        version=LABELLED if classes else PLAIN,
+        classes=classes.names if classes else None,
         tokenizer=TokenizerEntry(
             kind=tokenizer.kind,
             sha256=tokenizer.sha256,

@@ -89,7 +89,7 @@ def is_training_shard(name: str) -> bool:
 
 def files_of(folder: Path) -> list[tuple[str, FileEntry]]:
     splits = read_manifest(folder, files_too=False).splits
-    return [(f"{s}/{file.name}", file) for s, e in splits.items() for file in (e.lengths, e.counts, *e.shards)]
+    return [(f"{s}/{file.name}", file) for s, e in splits.items() for file in (*e.arrays, *e.shards)]
 
 
 def is_there(path: Path, entry: FileEntry) -> bool:

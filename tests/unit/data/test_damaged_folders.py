@@ -176,7 +176,7 @@ def _list_twice(values: dict[str, Any]) -> None:
         (_rename_shard("pipe:cat shard.tar"), "'pipe:cat shard.tar' is refused"),
         (_rename_shard("shard-000001.pkl"), "is refused"),
         (_list_twice, "shards 0 and 2 of the list have the same name"),
-        (lambda values: values.update(version=3), "found schema version 3, this program reads 1; update"),
+        (lambda values: values.update(version=3), "found schema version 3, this program reads 1 and 2; update"),
         (lambda values: values.update(version="1"), "found schema version 1"),
         (lambda values: values.update(surprise=1), "surprise"),
         (lambda values: values["splits"]["train"].update(tokens=7), "the split says"),

@@ -3,14 +3,12 @@
 import gzip
 import hashlib
 import io
-import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from foreign import SHARD, Members, adopt, npy, rewritten
 from made_up import WriteFolder, random_documents
 
 from hydra_data_prep.assemble import join
@@ -20,40 +18,6 @@ from hydra_scale.data.loader import TrainingData
 from hydra_scale.data.manifest import read_manifest
 from hydra_scale.data.shards import TokenStore
 from hydra_scale.errors import DataError
-
-SHARD = "train/shard-000001.tar"
-Members = list[tuple[str, bytes]]
-
-
-def adopt(folder: Path, content: bytes, change: Callable[[dict[str, Any]], object] = lambda values: None) -> None:
-    """Put a shard in and make the manifest agree with it."""
-    (folder / SHARD).write_bytes(content)
-    values = json.loads((folder / "manifest.json").read_text())
-    del values["sha256"]
-    entry = values["splits"]["train"]["shards"][1]
-    entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    change(values)
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-    (folder / "manifest.json").write_text(json.dumps({"sha256": hashlib.sha256(canonical).hexdigest()} | values))
-
-
-def rewritten(folder: Path, change: Callable[[Members], Members]) -> bytes:
-    """The tar of the shard with its members changed."""
-    with tarfile.open(folder / SHARD) as archive:
-        members = [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in change(members):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 def as_signed(members: Members) -> Members:

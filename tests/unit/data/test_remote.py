@@ -95,7 +95,7 @@ def config(address: str | Path, tmp_path: Path, **options: Any) -> DataConfig:
 def test_same_batches_as_from_the_local_folder(
     failures: int, damaged: int, store: type[Flaky] | S3Server, write_folder: WriteFolder, tmp_path: Path
 ) -> None:
-    folder = write_folder(random_documents(150), random_documents(20, seed=1))
+    folder = write_folder(random_documents(150), random_documents(20, seed=1), classes=("cat", "dog"))
     address = uploaded(folder, store=store)
     store.failures, store.damaged = failures, damaged
     there, here = (TrainingData(config(place, tmp_path), 3) for place in (address, folder))
