@@ -117,7 +117,10 @@ def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
             for shard in entry.shards:
                 path = part / split / shard.name
                 if shard.sha256 in seen:
-                    raise DataError(f"{path}: the same content as {seen[shard.sha256]}; leave one of the parts out")
+                    raise DataError(
+                        f"{path}: the same content as {seen[shard.sha256]}; leave one of the parts out, or list it in"
+                        " data.train as a source of its own to train on it more often"
+                    )
                 seen[shard.sha256] = path
 
 

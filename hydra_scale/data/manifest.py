@@ -108,12 +108,18 @@ class SplitEntry(_Record):
             raise ValueError(f"expected the files {LENGTHS} and {COUNTS}")
         if self.labels and self.labels.name != LABELS:
             raise ValueError(f"expected the file {LABELS}")
-        for what, seen in (("name", [s.name for s in self.shards]), ("sha256", [s.sha256 for s in self.shards])):
+        again = "; to train on it more often, list its folder again in data.train"
+        for what, seen, advice in (
+            ("name", [s.name for s in self.shards], ""),
+            ("sha256", [s.sha256 for s in self.shards], again),
+        ):
             if len(set(seen)) < len(seen):
                 twice = next(value for value in seen if seen.count(value) > 1)
                 first, second = [number for number, value in enumerate(seen) if value == twice][:2]
                 names = f"{self.shards[first].name} and {self.shards[second].name}"
-                raise ValueError(f"shards {first} and {second} of the list have the same {what} {twice}: {names}")
+                raise ValueError(
+                    f"shards {first} and {second} of the list have the same {what} {twice}: {names}{advice}"
+                )
         totals = (sum(shard.documents for shard in self.shards), sum(shard.tokens for shard in self.shards))
         if totals != (self.documents, self.tokens):
             raise ValueError(

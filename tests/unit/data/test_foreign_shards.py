@@ -92,7 +92,8 @@ def test_two_shards_of_one_content_are_both_named(write_folder: WriteFolder) -> 
     adopt(folder, first)
     with pytest.raises(
         DataError,
-        match=r"shards 0 and 1 .* have the same sha256 .*: shard-000000\.tar and shard-000001\.tar",
+        match=r"shards 0 and 1 .* have the same sha256 .*: shard-000000\.tar and shard-000001\.tar; to train on"
+        " it more often, list its folder again in data.train",
     ):
         read_manifest(folder)
 
