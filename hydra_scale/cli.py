@@ -4,8 +4,8 @@ Commands import what they need when they run, so that `--help` is instant.
 """
 
 import sys
+import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +13,11 @@ import typer
 
 from hydra_launch.commands import launch
 from hydra_scale.bench.commands import bench
-from hydra_scale.errors import HydraScaleError, report
+from hydra_scale.errors import HydraScaleError
+from hydra_scale.errors import report as report_error
 
 if TYPE_CHECKING:
-    from hydra_scale.data.manifest import Manifest
+    from hydra_data_prep.report import Report
 
 app = typer.Typer(
     name="hydra-scale",
@@ -31,6 +32,12 @@ app.add_typer(launch, name="launch")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run folder, as `pretrain` writes it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")]
+
+
+def _verify_and_leave(folder: Path | None) -> None:
+    if folder is not None:
+        verify(folder, None)
+        raise typer.Exit
 
 
 @app.command()
@@ -75,6 +82,12 @@ def prepare(
     ] = "files",
     histogram: Annotated[Path | None, typer.Option(help="Picture of the document lengths (.svg, .png).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for downloads.  [the user's cache folder]")] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prepare nothing; `hydra-scale verify` this folder.", is_eager=True, callback=_verify_and_leave
+        ),
+    ] = None,
 ) -> None:
     """Turn documents into a tokenizer, WebDataset shards of tokens, and a manifest."""
     from pydantic import ValidationError
@@ -106,29 +119,24 @@ def prepare(
         raise ConfigError("--task and --tasks belong together, without --processes")
     if histogram:
         drawing()  # what is missing is said now, not after the work
-    if processes > 1:
-        _say_size(output, prepare_with_processes(options, processes))
-        _draw(output, histogram)
-        return
     if task is not None and tasks is not None:
         options = part_of(options, task, tasks)
+    begun = time.monotonic()
+    report: Report | None
     with progress_display() as progress:
-        report = run(options, progress) if task is None else prepare_part(options, progress)
+        if processes > 1:
+            report = prepare_with_processes(options, processes, progress)
+        else:
+            report = run(options, progress) if task is None else prepare_part(options, progress)
     if report is None:
         typer.echo(f"{options.output}: is there already")
         return
-    if report.licence:
-        typer.echo(f"licence    {report.licence}")
-    typer.echo(f"documents  {report.train_documents:,} to train on, {report.eval_documents:,} held out")
-    typer.echo(f"dropped    {_counted(report.dropped)}")
-    if report.classes:
-        sizes = ", ".join(f"{number:,} {name}" for name, number in list(report.classes.items())[:10])
-        typer.echo(f"classes    {len(report.classes):,}: {sizes}{', ...' * (len(report.classes) > 10)}")
-    typer.echo(f"tokens     {report.train_tokens:,} to train on, {report.eval_tokens:,} held out")
-    typer.echo(f"tokenizer  {report.vocab_size:,} pieces, {report.tokens_per_word:.2f} tokens a word")
-    typer.echo(f"unknown    {report.unknown_rate:.4%} of the tokens")
-    typer.echo(f"written    {options.output} in {report.seconds:.0f} s")
-    _draw(options.output, histogram)
+    _say(options.output, report, f" in {time.monotonic() - begun:.0f} s")
+    if histogram:
+        from hydra_data_prep.histogram import draw_lengths
+
+        draw_lengths(options.output, histogram)
+        typer.echo(f"histogram  {histogram}")
 
 
 @app.command()
@@ -140,9 +148,11 @@ def join(
     from hydra_data_prep.assemble import join as run
     from hydra_data_prep.parts import parts_in
     from hydra_data_prep.publish import remove_all_leftovers
+    from hydra_data_prep.report import report_of
 
-    _say_size(output, run(parts_in(parts), output))
+    run(parts_in(parts), output)
     remove_all_leftovers(parts)
+    _say(output, report_of(output))
 
 
 @app.command()
@@ -154,14 +164,15 @@ def verify(
 ) -> None:
     """Compare every file of a prepared folder with its manifest."""
     from hydra_data_prep.assemble import without_broken as leave_out
+    from hydra_data_prep.report import report_of
     from hydra_data_prep.verify import verify as run
 
     if without_broken:
-        manifest, faults = leave_out(data, without_broken)
+        _, faults = leave_out(data, without_broken)
         for fault in faults:
             typer.echo(f"left out   {fault}")
         typer.echo(f"left out   {len(faults):,} shards")
-        _say_size(without_broken, manifest)
+        _say(without_broken, report_of(without_broken))
         return
     run(data)
     typer.echo(f"{data}: every file is as the manifest says")
@@ -230,7 +241,7 @@ def plan(
 @app.command()
 def evaluate(
     run_dir: RunDir,
-    data: Annotated[Path, typer.Option(help="Folder of `prepare`; its eval split is used.")],
+    data: Annotated[str, typer.Option(help="Folder of `prepare`, or its URL; the eval split is used.")],
     sequences: Annotated[int | None, typer.Option(help="Sequences to score; absent: as in the run.", min=1)] = None,
 ) -> None:
     """Masked loss and accuracy of a run's newest checkpoint on held-out documents, beside the unigram baseline."""
@@ -308,26 +319,9 @@ def doctor(
     raise typer.Exit(0 if sound else 5)
 
 
-def _draw(folder: Path, picture: Path | None) -> None:
-    if picture:
-        from hydra_data_prep.histogram import draw_lengths
-
-        draw_lengths(folder, picture)
-        typer.echo(f"histogram  {picture}")
-
-
-def _counted(dropped: Mapping[str, object]) -> str:
-    return ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
-
-
-def _say_size(folder: Path, manifest: "Manifest") -> None:
-    for split, entry in manifest.splits.items():
-        typer.echo(f"{split:<11}{entry.documents:,} documents, {entry.tokens:,} tokens")
-    if manifest.classes:
-        typer.echo(f"classes    {len(manifest.classes):,}")
-    if isinstance(dropped := manifest.source.get("dropped"), dict):
-        typer.echo(f"dropped    {_counted(dropped)}")
-    typer.echo(f"written    {folder}")
+def _say(folder: Path, report: "Report", how_long: str = "") -> None:
+    for line in (*report.lines(), f"written    {folder}{how_long}"):
+        typer.echo(line)
 
 
 def main() -> None:
@@ -336,7 +330,7 @@ def main() -> None:
     try:
         app()
     except HydraScaleError as error:
-        sys.exit(report(error))
+        sys.exit(report_error(error))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from hydra_scale.data.manifest import (
     LABELS,
     LENGTHS,
     TOKENIZER_FOLDER,
+    WORDS,
     Manifest,
     ShardEntry,
     SplitEntry,
@@ -70,7 +71,7 @@ def join(parts: Sequence[Path], output: Path) -> Manifest:
             found = [_read(store, number, labels) for number in range(len(store.entry.shards))]
             shards.setdefault(split, []).extend(found)
     _refuse_same_keys([shard.path for found in shards.values() for shard in found])
-    source = first.source | {DROPPED: _dropped(manifests)}
+    source = first.source | {DROPPED: _dropped(manifests)} | _words(manifests)
     return _write(parts[0], first.model_copy(update={"source": source}), shards, output)
 
 
@@ -95,7 +96,8 @@ def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
                 faults.append(str(error))
         if not whole:
             raise DataError(f"{folder / split}: none of its {len(store.entry.shards)} shards is whole; {faults[-1]}")
-    return _write(folder, manifest, shards, output), faults
+    source = manifest.source | {WORDS: None}  # those of the shards that are left are not known
+    return _write(folder, manifest.model_copy(update={"source": source}), shards, output), faults
 
 
 def _listed(classes: tuple[str, ...] | None) -> str:
@@ -108,6 +110,11 @@ def _dropped(manifests: Sequence[Manifest]) -> dict[str, JsonValue]:
         found = manifest.source.get(DROPPED)
         total.update(found if isinstance(found, dict) else {})
     return dict(total)
+
+
+def _words(manifests: Sequence[Manifest]) -> dict[str, JsonValue]:
+    words = [manifest.source.get(WORDS) for manifest in manifests]
+    return {WORDS: sum(number if isinstance(number, int) else 0 for number in words) if all(words) else None}
 
 
 def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:

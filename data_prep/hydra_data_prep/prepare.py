@@ -6,13 +6,10 @@ tokenises both files. Memory holds one batch, the shard block being filled, and 
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from hydra_data_prep.archives import read_debs, read_wheels
@@ -24,6 +21,7 @@ from hydra_data_prep.near_duplicates import NearDuplicates
 from hydra_data_prep.publish import check_free, published
 from hydra_data_prep.quality import GopherFilter
 from hydra_data_prep.registry import CORPORA, read_corpus
+from hydra_data_prep.report import Report, report_of
 from hydra_data_prep.sources import DocumentUnit, SourceOptions, list_files, read_files, source_suffixes
 from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
@@ -32,6 +30,7 @@ from hydra_scale.data.manifest import (
     LABELLED,
     PLAIN,
     TOKENIZER_FOLDER,
+    WORDS,
     Manifest,
     SplitEntry,
     TokenizerEntry,
@@ -39,7 +38,7 @@ from hydra_scale.data.manifest import (
 from hydra_scale.data.shard_writer import ShardWriter
 from hydra_scale.data.shards import Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
-from hydra_scale.errors import ConfigError
+from hydra_scale.errors import ConfigError, DataError
 
 SourceKind = Literal[
     "text", "html", "jsonl", "csv", "parquet", "fasta", "wheel", "deb", "images",
@@ -118,37 +117,6 @@ class PrepareOptions(BaseModel):
     """Where downloads are kept; absent: hydra-scale in the user's cache folder."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `prepare` did."""
-
-    num_read: int
-    """Documents of the source."""
-    num_short: int
-    """Dropped: fewer than min_characters."""
-    num_duplicates: int
-    """Dropped: same normalised text as an earlier one."""
-    num_near_duplicates: int
-    """Dropped: nearly the text of an earlier one."""
-    dropped: dict[str, int]
-    """All that were dropped, for each reason."""
-    train_documents: int
-    train_tokens: int
-    eval_documents: int
-    eval_tokens: int
-    vocab_size: int
-    unknown_rate: float
-    """Fraction of the ordinary tokens that are [UNK] or single bytes of what has no piece."""
-    tokens_per_word: float
-    """Ordinary tokens over words between spaces; a picture counts as one word."""
-    shard_bytes: int
-    seconds: float
-    licence: str | None
-    """Licence of a downloaded source."""
-    classes: dict[str, int]
-    """Documents of each class, where they have labels."""
-
-
 def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, total: None) -> Report:
     """Make a prepared folder. Same documents and options, same bytes; a crash leaves nothing under the final name.
 
@@ -157,7 +125,6 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
         DataError: the source is empty, missing or damaged, the output is not empty, or the tokenizer does not fit.
         EnvironmentFault: the disk is full or not writable, a download or an optional package is missing.
     """
-    started = time.monotonic()
     _check(options)
     tokenizer = None if options.tokenizer == "sentencepiece" else existing_tokenizer(options.tokenizer)
     classes = find_classes(options.input, options.image_labels) if options.source == "images" else None
@@ -169,7 +136,9 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
         normalise = tokenizer.normalise if tokenizer else normalise_text
         cleaning = Cleaning(normalise, options.min_characters, keep, near, filters)
         spool = Spool(folder, binary=options.source == "images")
-        spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction, options.source)
+        spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction)
+        if not spool.splits:
+            raise DataError(_nothing_kept(options, cleaning))
         if tokenizer is None:
             tokenizer = _train(spool, options, progress)
         tokenizer.save(folder / TOKENIZER_FOLDER)
@@ -178,10 +147,10 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
             split: _write_split(spool, split, folder, tokenizer, options, progress, labelled) for split in spool.splits
         }
         spool.remove()
-        source = described(options) | {DROPPED: dict(cleaning.dropped)}
+        source = described(options) | {DROPPED: dict(cleaning.dropped), WORDS: spool.num_words}
         entries = {split: writer.entry for split, writer in writers.items()}
         _manifest(tokenizer, source, entries, classes).write(folder)
-    return _report(cleaning, spool, writers, tokenizer, options, classes, time.monotonic() - started)
+    return report_of(options.output)
 
 
 def described(options: PrepareOptions) -> dict[str, JsonValue]:
@@ -248,6 +217,14 @@ def _open_source(
     if options.source in ("wheel", "deb"):
         return (read_wheels if options.source == "wheel" else read_debs)(_inputs(options), how)
     return read_files(options.source, _inputs(options), how)
+
+
+def _nothing_kept(options: PrepareOptions, cleaning: Cleaning) -> str:
+    dropped = ", ".join(f"{number:,} {reason}" for reason, number in cleaning.dropped.items() if number)
+    return (
+        f"--source {options.source}: none of its {cleaning.num_read:,} documents is kept"
+        f"{f' ({dropped})' if dropped else ''}; check --input, --min-characters and what else drops documents"
+    )
 
 
 def _inputs(options: PrepareOptions) -> Sequence[Path]:
@@ -320,42 +297,6 @@ def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], list[int], i
             texts, labels, size = [], [], 0
     if texts:
         yield texts, labels, size
-
-
-def _report(
-    cleaning: Cleaning,
-    spool: Spool,
-    writers: dict[Split, ShardWriter],
-    tokenizer: Tokenizer,
-    options: PrepareOptions,
-    classes: Classes | None,
-    seconds: float,
-) -> Report:
-    counts = np.sum([writer.counts for writer in writers.values()], axis=0)
-    num_ordinary = int(counts[~tokenizer.is_special | tokenizer.is_fallback].sum())
-    train, held_out = writers["train"].entry, writers["eval"].entry if "eval" in writers else None
-    return Report(
-        num_read=cleaning.num_read,
-        num_short=cleaning.num_short,
-        num_duplicates=cleaning.num_duplicates,
-        num_near_duplicates=cleaning.num_near_duplicates,
-        dropped=cleaning.dropped,
-        train_documents=train.documents,
-        train_tokens=train.tokens,
-        eval_documents=held_out.documents if held_out else 0,
-        eval_tokens=held_out.tokens if held_out else 0,
-        vocab_size=tokenizer.vocab_size,
-        unknown_rate=int(counts[tokenizer.is_fallback].sum()) / max(1, num_ordinary),
-        tokens_per_word=num_ordinary / spool.num_words,
-        shard_bytes=sum(shard.bytes for writer in writers.values() for shard in writer.entry.shards),
-        seconds=seconds,
-        licence=CORPORA[options.source].licence if options.source in CORPORA else None,
-        classes=dict(zip(classes.names, _class_sizes(writers, len(classes.names)), strict=True)) if classes else {},
-    )
-
-
-def _class_sizes(writers: dict[Split, ShardWriter], num_classes: int) -> list[int]:
-    return np.bincount(np.concatenate([writer.labels for writer in writers.values()]), minlength=num_classes).tolist()
 
 
 def _manifest(

@@ -11,7 +11,6 @@ from typing import Any
 
 from hydra_data_prep.cleaning import CleanDocument, Labelled
 from hydra_scale.data.shards import Split
-from hydra_scale.errors import DataError
 
 
 class Spool:
@@ -24,8 +23,8 @@ class Spool:
         self._moved: tuple[Split, int] | None = None
         self.num_words = 0
 
-    def fill(self, documents: Iterator[CleanDocument], eval_fraction: float, source: str) -> None:
-        """Write the documents down and settle the splits: train gets at least one, and eval if there are two."""
+    def fill(self, documents: Iterator[CleanDocument], eval_fraction: float) -> None:
+        """Write the documents down and settle the splits: train gets one of any, and eval if there are two."""
         lowest, highest = (2.0, 0), (-1.0, 0)  # (lot, line) of the document nearest to the other split
         with self._files["train"].open("wb") as train, self._files["eval"].open("wb") as held_out:
             for document in documents:
@@ -42,7 +41,7 @@ class Spool:
                 self._counts[split] += 1
                 self.num_words += 1 if isinstance(text, bytes) else text.count(" ") + text.count("\n") + 1
         if not any(self._counts.values()):
-            raise DataError(f"--source {source}: holds no document to keep; check --input and --min-characters")
+            return
         if not self._counts["train"]:
             self._move("eval", highest[1])
         elif not self._counts["eval"] and eval_fraction > 0 and self._counts["train"] > 1:

@@ -1,6 +1,7 @@
 """`verify`: does a prepared folder still hold what its manifest says?"""
 
 import io
+import re
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -9,10 +10,11 @@ import numpy as np
 
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, Block, read_manifest
 from hydra_scale.data.shards import TokenStore, document_labels, token_counts
-from hydra_scale.data.tokenizer import Tokenizer
+from hydra_scale.data.tokenizer import tokenizer_of
 from hydra_scale.errors import DataError
 
 _FIELDS = ("tokens", "lengths", "labels")
+_MEMBER = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_-]*\.({'|'.join(_FIELDS)})\.npy")
 
 
 def verify(folder: Path) -> None:
@@ -22,8 +24,7 @@ def verify(folder: Path) -> None:
         DataError: the first difference from the manifest.
     """
     manifest = read_manifest(folder)
-    if Tokenizer.load(folder / TOKENIZER_FOLDER).sha256 != manifest.tokenizer.sha256:
-        raise DataError(f"{folder / TOKENIZER_FOLDER}: not the tokenizer of the manifest; copy the folder again")
+    tokenizer_of(folder, manifest)
     known, keys = {folder / MANIFEST}, dict[str, Path]()
     for split, entry in manifest.splits.items():
         store = TokenStore(folder, manifest, split)
@@ -59,6 +60,7 @@ def _check_samples(
     try:
         with tarfile.open(path, "r:") as archive:
             members = archive.getmembers()
+            _check_members(path, members, len(shard.blocks))
             for index, block in enumerate(shard.blocks):
                 sample = members[len(fields) * index : len(fields) * (index + 1)]
                 key = _key(path, index, [member.name for member in sample], fields)
@@ -80,6 +82,20 @@ def _check_samples(
             f"{path}: {len(members)} members, expected {len(fields) * len(shard.blocks)} for the {len(shard.blocks)}"
             " blocks of the manifest; prepare the folder again"
         )
+
+
+def _check_members(path: Path, members: list[tarfile.TarInfo], num_samples: int) -> None:
+    """Nothing is ever unpacked; what would do harm if another reader did, or unpickled it, is named."""
+    if not members:
+        raise DataError(f"{path}: 0 samples, expected {num_samples}; prepare the folder again")
+    for member in members:
+        if not member.isreg() or not _MEMBER.fullmatch(member.name):
+            kind = "" if member.isreg() else ", no plain file,"
+            allowed = ", ".join(f"KEY.{field}.npy" for field in _FIELDS)
+            raise DataError(
+                f"{path}: member {member.name!r}{kind} is refused, nothing of it was read; a shard holds {allowed} and"
+                " nothing else: prepare the folder again"
+            )
 
 
 def _key(path: Path, number: int, names: list[str], fields: tuple[str, ...]) -> str:

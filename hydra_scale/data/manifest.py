@@ -12,6 +12,7 @@ DATA/eval/                        likewise: documents held out by the hash of th
 import hashlib
 import json
 import re
+import tarfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -30,6 +31,8 @@ COUNTS = "counts.npy"
 LABELS = "labels.npy"
 DROPPED = "dropped"
 """Entry of a manifest's `source`: how many documents were dropped, for each reason."""
+WORDS = "words"
+"""Entry of a manifest's `source`: words between spaces in all its documents; a picture counts as one."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -239,7 +242,7 @@ def sha256_file(path: Path) -> str:
 def check_sha256(path: Path, found: str, expected: str) -> None:
     """Raises DataError if a file's hash is not that of its manifest."""
     if found != expected:
-        kind = no_tar(path)
+        kind = no_tar(path) or _bad_header(path)
         raise DataError(
             f"{path}: {kind}sha256 is {found}, the manifest says {expected}; copy it or prepare the folder again"
         )
@@ -253,6 +256,22 @@ def no_tar(path: Path) -> str:
         return ""
     kind = next((name for magic, name in _MAGIC.items() if head.startswith(magic)), f"it begins with {head[:8]!r}")
     return f"not a tar archive, {kind}, "
+
+
+def _bad_header(path: Path) -> str:
+    """`the header at byte N is damaged, ` of a .tar whose headers do not all agree with their own checksums."""
+    place = 0
+    if path.suffix != ".tar":
+        return ""
+    with path.open("rb") as stream:
+        try:
+            while any(header := stream.read(tarfile.BLOCKSIZE)):  # zeros are the end
+                member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+                place += tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
+                stream.seek(place)
+        except (tarfile.HeaderError, ValueError):
+            return f"the header at byte {place:,} is damaged, "
+    return ""
 
 
 def _validated(path: Path, values: Any) -> Manifest:
@@ -273,8 +292,9 @@ def _validated(path: Path, values: Any) -> Manifest:
         return Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
+        message = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: {where}: {message}; prepare the folder again") from None
 
 
 def _check_sizes(folder: Path, entry: SplitEntry) -> None:

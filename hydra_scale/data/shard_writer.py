@@ -77,16 +77,6 @@ class ShardWriter:
             raise RuntimeError("the split is still being written")
         return self._entry
 
-    @property
-    def counts(self) -> np.ndarray:
-        """Occurrences of each token id in the blocks written so far, int64 (vocab_size,)."""
-        return self._counts
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Labels of the documents in the blocks written so far, int32 (documents,); empty if they have none."""
-        return np.concatenate([np.zeros(0, "<i4"), *self._labels])
-
     def add(self, documents: Sequence[np.ndarray], labels: Sequence[int] = ()) -> None:
         """Append documents, each a non-empty array of token ids; and the label of each, if they are labelled."""
         if len(labels) != (len(documents) if self._labelled else 0):
@@ -133,7 +123,7 @@ class ShardWriter:
             lengths=save_array(self._folder / LENGTHS, lengths),
             counts=save_array(self._folder / COUNTS, self._counts.astype("<i8")),
             shards=tuple(self._shards),
-            labels=save_array(self._folder / LABELS, self.labels) if self._labelled else None,
+            labels=save_array(self._folder / LABELS, np.concatenate(self._labels)) if self._labels else None,
         )
 
 

@@ -187,8 +187,8 @@ class TokenStore:
         check_sha256(path, hashlib.sha256(mapping).hexdigest(), entry.sha256)
         if entry.bytes % self._dtype.itemsize:
             raise DataError(
-                f"{path}: {entry.bytes:,} bytes, which {self._dtype.itemsize} of a {self._dtype.name} do not divide;"
-                " it is no shard of this manifest: prepare the folder again"
+                f"{path}: {no_tar(path)}{entry.bytes:,} bytes, which {self._dtype.itemsize} of a {self._dtype.name}"
+                " do not divide; it is no shard of this manifest: prepare the folder again"
             )
         return mapping, np.frombuffer(mapping, self._dtype)
 

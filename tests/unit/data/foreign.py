@@ -40,14 +40,16 @@ def resign(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def rewritten(folder: Path, change: Callable[[Members], Members]) -> bytes:
-    """The tar of the shard with its members changed."""
+    """The tar of the shard with its members changed; one called `link NAME` is a symbolic link."""
     with tarfile.open(folder / SHARD) as archive:
         members = [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name, content in change(members):
-            info = tarfile.TarInfo(name)
+            info = tarfile.TarInfo(name.removeprefix("link "))
             info.size = len(content)
+            if name.startswith("link "):
+                info.type, info.linkname, info.size = tarfile.SYMTYPE, "/etc/passwd", 0
             archive.addfile(info, io.BytesIO(content))
     return stream.getvalue()
 

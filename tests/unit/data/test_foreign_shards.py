@@ -3,12 +3,13 @@
 import gzip
 import hashlib
 import io
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from foreign import SHARD, Members, adopt, npy, rewritten
+from foreign import SHARD, Members, adopt, npy, resign, rewritten
 from made_up import WriteFolder, random_documents
 
 from hydra_data_prep.assemble import join
@@ -51,12 +52,59 @@ def test_samples_that_are_not_blocks(
         verify(folder)
 
 
+REFUSED = "is refused, nothing of it was read; a shard holds KEY.tokens.npy, KEY.lengths.npy, KEY.labels.npy and"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: [*m, ("../../evil.tokens.npy", b"1234")], rf"member '\.\./\.\./evil\.tokens\.npy' {REFUSED}"),
+        (lambda m: [("/etc/evil.tokens.npy", m[0][1]), *m[1:]], f"member '/etc/evil.tokens.npy' {REFUSED}"),
+        (lambda m: [*m, ("link train-000001-00099.tokens.npy", b"")], f"no plain file, {REFUSED}"),
+        (lambda m: [(m[0][0].replace(".npy", ".pkl"), b"cos\nsystem\n"), *m[1:]], rf"00000\.tokens\.pkl' {REFUSED}"),
+        (lambda m: [*m, ("train-000001-00000.pyd", b"MZ")], rf"00000\.pyd' {REFUSED}"),
+        (lambda m: [], "0 samples, expected [0-9]+; prepare"),
+    ],
+    ids=["up", "absolute", "link", "pickle", "library", "empty"],
+)
+def test_members_that_no_shard_holds(
+    change: Callable[[Members], Members], message: str, write_folder: WriteFolder
+) -> None:
+    folder = write_folder(random_documents(150))
+    adopt(folder, rewritten(folder, change))
+    with pytest.raises(DataError, match=rf"shard-000001\.tar: .*{message}"):
+        verify(folder)
+
+
+def test_the_damaged_header_is_named(write_folder: WriteFolder) -> None:
+    """Of the second sample; where content is damaged instead, all headers are whole."""
+    folder = write_folder(random_documents(150))
+    content = (folder / SHARD).read_bytes()
+    with tarfile.open(folder / SHARD) as archive:
+        place = archive.getmembers()[2].offset
+    for byte, message in ((place + 3, rf"the header at byte {place:,} is damaged, sha256"), (700, r"\.tar: sha256")):
+        (folder / SHARD).write_bytes(content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :])
+        with pytest.raises(DataError, match=message):
+            verify(folder)
+
+
+def test_the_tokenizer_of_the_manifest_is_named(write_folder: WriteFolder) -> None:
+    folder = write_folder(random_documents(150))
+    resign(folder, lambda values: values["tokenizer"].update(kind="nucleotides", sha256="0" * 64))
+    for attempt in (lambda: verify(folder), lambda: TrainingData(DataConfig(train=str(folder)), 1)):
+        with pytest.raises(DataError, match=r"bytes tokenizer [0-9a-f]{12}, the manifest says nucleotides 0{12}; copy"):
+            attempt()
+
+
 def test_bytes_that_the_type_does_not_divide(write_folder: WriteFolder) -> None:
     folder = write_folder(random_documents(150))
     adopt(folder, (folder / SHARD).read_bytes() + b"\0")
     store = TokenStore(folder, read_manifest(folder), "train")
     with pytest.raises(DataError, match=r"shard-000001\.tar: .* bytes, which 2 of a uint16 do not divide; .*prepare"):
         store.gather(np.arange(150), np.zeros(150, np.int64), store.lengths)
+    adopt(folder, gzip.compress(bytes(300)).ljust(999))
+    with pytest.raises(DataError, match=r"shard-000001\.tar: not a tar archive, but gzip, 999 bytes, which 2 of"):
+        verify(folder)
 
 
 @pytest.mark.parametrize("same_size", [True, False])

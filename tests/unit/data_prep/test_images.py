@@ -47,7 +47,7 @@ def test_resized_by_the_shorter_side_and_cropped_to_the_middle(tmp_path: Path) -
 def test_divided_and_duplicate_pictures(tmp_path: Path) -> None:
     corpus = folder_of(tmp_path / "in", np.concatenate([pictures("grey"), pictures("grey")[:5]]))
     report = prepare(options(corpus, tmp_path / "data"))
-    assert (report.num_duplicates, report.train_documents + report.eval_documents) == (5, 20)
+    assert (report.dropped["duplicates"], report.train_documents + report.eval_documents) == (5, 20)
     part = prepare(options(corpus, tmp_path / "part", part=(1, 5)))
     assert part.num_read == 5
 
