@@ -166,8 +166,14 @@ def test_data_that_changed_under_a_run(tmp_path: Path, corpus: Path, prose: Path
         "--eval-fraction",
         0.2,
     )
+    before = {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent != folder / "watch"
+    }
     message = error(pretrain(folder, f"data.train={other}", "training.steps=10"), 4)
-    assert "was trained on data with fingerprint" in message
+    assert "was trained on data with fingerprint" in message and "or set data.accept_change=true to go on" in message
+    assert all(
+        path.read_bytes() == content for path, content in before.items()
+    )  # a start that is refused changes nothing
 
 
 def test_srun_without_rendezvous_is_refused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
