@@ -66,6 +66,7 @@ def prepare(
         typer.Option(help="Images: class of each: folders (INPUT/CLASS/...) | none  [folders, if any]"),
     ] = None,
     min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
+    max_characters: Annotated[int | None, typer.Option(help="Longer documents are dropped.  [none]")] = None,
     near_duplicates: Annotated[
         float | None, typer.Option(help="Also drop documents this similar (0 to 1, Jaccard of word runs).")
     ] = None,
@@ -104,10 +105,10 @@ def prepare(
         "vocab_size": vocab_size, "model_type": model_type, "tokenizer_sample": tokenizer_sample,
         "eval_fraction": eval_fraction, "text_field": text_field, "document_unit": document_unit,
         "window": window, "reverse_complement": reverse_complement, "soft_mask": soft_mask,
-        "min_characters": min_characters, "shard_size": shard_size, "threads": threads, "cache": cache,
-        "divide": divide, "near_duplicates": near_duplicates, "language": language,
-        "language_confidence": language_confidence, "quality": quality, "image_size": image_size,
-        "image_color": image_color, "image_labels": image_labels,
+        "min_characters": min_characters, "max_characters": max_characters, "shard_size": shard_size,
+        "threads": threads, "cache": cache, "divide": divide, "near_duplicates": near_duplicates,
+        "language": language, "language_confidence": language_confidence, "quality": quality,
+        "image_size": image_size, "image_color": image_color, "image_labels": image_labels,
     }  # fmt: skip
     try:
         options = PrepareOptions.model_validate(values)

@@ -47,6 +47,7 @@ class Cleaning:
 
     normalise: Callable[[str], str]
     min_characters: int
+    max_characters: int | None = None
     part: tuple[int, int] | None = None
     """(i, n): of n parts of all documents, divided by the hash of their text, only the i-th is looked at further."""
     near: NearDuplicates | None = None
@@ -54,6 +55,7 @@ class Cleaning:
     """Asked in turn."""
     num_read: int = 0
     num_short: int = 0
+    num_long: int = 0
     num_duplicates: int = 0
     num_near_duplicates: int = 0
     num_contradicting: int = 0
@@ -69,7 +71,9 @@ class Cleaning:
         near = {"near duplicates": self.num_near_duplicates} if self.near else {}
         contradicting = {"duplicates with another label": self.num_contradicting} if self._labels else {}
         filtered = {reason: self.filtered[reason] for reason in sorted(self.filtered)}
-        return {"too short": self.num_short, "duplicates": self.num_duplicates} | contradicting | near | filtered
+        long = {"too long": self.num_long} if self.max_characters is not None else {}
+        duplicates = {"duplicates": self.num_duplicates}
+        return {"too short": self.num_short} | long | duplicates | contradicting | near | filtered
 
     def __call__(self, documents: Iterable[str] | Iterable[bytes] | Iterable[Labelled]) -> Iterator[CleanDocument]:
         """The documents that are long enough and new, in order."""
@@ -86,6 +90,9 @@ class Cleaning:
                 continue
             if len(text) < self.min_characters:
                 self.num_short += 1
+                continue
+            if self.max_characters is not None and len(text) > self.max_characters:
+                self.num_long += 1
                 continue
             # before it is remembered: of two with the same text after normalisation one may have better lines
             if isinstance(raw, str) and (reason := next(filter(None, (look(raw) for look in self.filters)), None)):

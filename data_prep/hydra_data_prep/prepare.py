@@ -94,6 +94,8 @@ class PrepareOptions(BaseModel):
     absent: folders, if all pictures lie in such folders and there are two or more."""
     min_characters: Annotated[int, Field(ge=1)] = 1
     """Documents with fewer characters after normalisation are dropped."""
+    max_characters: Annotated[int, Field(ge=1)] | None = None
+    """Documents with more characters after normalisation are dropped; absent: none is."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Drop documents whose runs of five words are to this share (Jaccard) those of an earlier one; absent: only exact
     duplicates are dropped."""
@@ -134,7 +136,7 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
     keep = options.part if options.divide == "documents" else None
     with published(options.output.absolute()) as folder:
         normalise = tokenizer.normalise if tokenizer else normalise_text
-        cleaning = Cleaning(normalise, options.min_characters, keep, near, filters)
+        cleaning = Cleaning(normalise, options.min_characters, options.max_characters, keep, near, filters)
         spool = Spool(folder, binary=options.source == "images")
         spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction)
         if not spool.splits:
@@ -173,6 +175,10 @@ def _check(options: PrepareOptions) -> None:
         flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
         raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
     _check_images(options)
+    if options.max_characters is not None and options.max_characters < options.min_characters:
+        raise ConfigError(
+            f"--max-characters {options.max_characters} is below --min-characters {options.min_characters}: raise it"
+        )
     if options.language_confidence is not None and options.language is None:
         raise ConfigError("--language-confidence is the least for --language; give one, as --language en")
     check_free(options.output)

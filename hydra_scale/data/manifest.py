@@ -211,7 +211,7 @@ def read_manifest(folder: Path, *, files_too: bool = True, without: Collection[s
         raise DataError(f"{path}: no such file; give a folder written by `hydra-scale prepare`")
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); copy or prepare the folder again") from None
     manifest = _validated(path, values)
     for split, entry in manifest.without(without).splits.items() if files_too else ():

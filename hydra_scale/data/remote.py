@@ -108,7 +108,7 @@ def _fetch_tokenizer(files: Any, root: str, folder: Path, address: str) -> None:
 
     try:
         others = json.loads(fetch(TOKENIZER_FILE))["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{address}/{TOKENIZER_FOLDER}/{TOKENIZER_FILE}: not a tokenizer; upload it again") from None
     for name in others:
         if Path(name).name != name:

@@ -118,7 +118,7 @@ class Tokenizer(ABC):
             kind, version = values["kind"], values["version"]
         except OSError:
             raise DataError(f"{path}: no such file; give a tokenizer folder that `hydra-scale prepare` wrote") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{path}: not the description of a tokenizer; copy the folder again") from None
         if version != _VERSION or kind not in KINDS:
             raise DataError(

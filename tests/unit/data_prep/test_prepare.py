@@ -74,6 +74,17 @@ def test_report_counts(tmp_path: Path, sentences: list[str]) -> None:
     assert report.licence is None
 
 
+def test_documents_of_other_lengths_are_dropped(tmp_path: Path) -> None:
+    """By their characters after normalisation; the limits themselves are kept."""
+    documents = ["a" * n for n in (4, 5, 9, 10)] + ["b" * 5 + " " * 9, "\u65e5" * 9, "\u65e5" * 10]
+    corpus = write_corpus(tmp_path / "c.jsonl", documents)
+    report = prepare(options(corpus, tmp_path / "data", min_characters=5, max_characters=9))
+    assert report.dropped == {"too short": 1, "too long": 2, "duplicates": 0}
+    assert report.train_documents + report.eval_documents == 4
+    with pytest.raises(ConfigError, match="--max-characters 4 is below --min-characters 5"):
+        prepare(options(corpus, tmp_path / "other", min_characters=5, max_characters=4))
+
+
 def test_unknown_rate_counts_unknown_nucleotides(tmp_path: Path) -> None:
     corpus = write_corpus(tmp_path / "c.jsonl", ["ACGT*", "acg un", "ACGT!GGGGG"])
     report = prepare(options(corpus, tmp_path / "data", tokenizer="nucleotides"))
