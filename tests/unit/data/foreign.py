@@ -30,13 +30,14 @@ def described(content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def resign(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest and the hash that it states of itself."""
+def resign(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:
+    """Change the manifest, and the hash that it states of itself."""
     values = json.loads((folder / "manifest.json").read_text())
-    del values["sha256"]
+    before = values.pop("sha256")
     change(values)
     canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-    (folder / "manifest.json").write_text(json.dumps({"sha256": hashlib.sha256(canonical).hexdigest()} | values))
+    stated = hashlib.sha256(canonical).hexdigest() if rehash else before
+    (folder / "manifest.json").write_text(json.dumps({"sha256": stated} | values))
 
 
 def rewritten(folder: Path, change: Callable[[Members], Members]) -> bytes:
