@@ -8,7 +8,6 @@ from typing import Any
 
 import fsspec
 import pytest
-from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wsgi import ClosingIterator
 
@@ -50,6 +49,8 @@ class _Silent(WSGIRequestHandler):
 
 @pytest.fixture(scope="session")
 def _s3_endpoint() -> Iterator[tuple[S3Server, str]]:
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app  # slow to import
+
     application = S3Server(DomainDispatcherApplication(create_backend_app))
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=_Silent)
     Thread(target=server.serve_forever, daemon=True).start()

@@ -92,7 +92,7 @@ def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"{path}: no such file or folder; check --input")
+            raise DataError(f"{path}: no such file or folder here; check --input, which takes local ones")
     return files
 
 

@@ -154,7 +154,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("deb", "a.deb", lambda p: p.write_bytes(b"no deb"), "not a Debian package"),
     ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({})[:90]), "no data.tar inside"),
     ("deb", "a.deb", _cut_deb, "data.tar.xz is damaged"),
-    ("text", "gone", lambda p: None, "no such file or folder; check --input"),
+    ("text", "gone", lambda p: None, "no such file or folder here; check --input, which takes"),
     ("jsonl", "empty", lambda p: p.mkdir(), "holds no file .jsonl or .ndjson"),
 ]
 
