@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt Makefile
 	@site=; if $(PYTHON) -c 'import torch; v = torch.__version__.split("."); assert (int(v[0]), int(v[1])) >= (2, 11)' 2>/dev/null; then site=--system-site-packages; fi; \
 	  $(PYTHON) -m venv --clear $$site $(VENV); \
 	  if [ -z "$$site" ]; then $(BIN)/python -m pip install --quiet '$(TORCH)'; fi
-	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev,huggingface,parquet,zstd,dedup,filters,images,html,http,onnx]'
+	@DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench,dev,huggingface,parquet,zstd,dedup,filters,images,html,http,s3,onnx]'
 	@touch $(READY)
 
 quickstart: $(READY)  ## Real text to a trained encoder that fills masks; results in ./quickstart

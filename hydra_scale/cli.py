@@ -4,8 +4,8 @@ Commands import what they need when they run, so that `--help` is instant.
 """
 
 import sys
+import time
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +13,11 @@ import typer
 
 from hydra_launch.commands import launch
 from hydra_scale.bench.commands import bench
-from hydra_scale.errors import HydraScaleError, report
+from hydra_scale.errors import HydraScaleError
+from hydra_scale.errors import report as report_error
 
 if TYPE_CHECKING:
-    from hydra_scale.data.manifest import Manifest
+    from hydra_data_prep.report import Report
 
 app = typer.Typer(
     name="hydra-scale",
@@ -31,6 +32,12 @@ app.add_typer(launch, name="launch")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Run folder, as `pretrain` writes it.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")]
+
+
+def _verify_and_leave(folder: Path | None) -> None:
+    if folder is not None:
+        verify(folder, None)
+        raise typer.Exit
 
 
 @app.command()
@@ -54,7 +61,12 @@ def prepare(
     soft_mask: Annotated[str, typer.Option(help="FASTA: lower-case bases: keep | hide (read as N)")] = "keep",
     image_size: Annotated[int | None, typer.Option(help="Images: pixels of a side, resized and cropped.")] = None,
     image_color: Annotated[str | None, typer.Option(help="Images: grey | rgb  [grey]")] = None,
+    image_labels: Annotated[
+        str | None,
+        typer.Option(help="Images: class of each: folders (INPUT/CLASS/...) | none  [folders, if any]"),
+    ] = None,
     min_characters: Annotated[int, typer.Option(help="Shorter documents are dropped.")] = 1,
+    max_characters: Annotated[int | None, typer.Option(help="Longer documents are dropped.  [none]")] = None,
     near_duplicates: Annotated[
         float | None, typer.Option(help="Also drop documents this similar (0 to 1, Jaccard of word runs).")
     ] = None,
@@ -71,6 +83,12 @@ def prepare(
     ] = "files",
     histogram: Annotated[Path | None, typer.Option(help="Picture of the document lengths (.svg, .png).")] = None,
     cache: Annotated[Path | None, typer.Option(help="Folder for downloads.  [the user's cache folder]")] = None,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            help="Prepare nothing; `hydra-scale verify` this folder.", is_eager=True, callback=_verify_and_leave
+        ),
+    ] = None,
 ) -> None:
     """Turn documents into a tokenizer, WebDataset shards of tokens, and a manifest."""
     from pydantic import ValidationError
@@ -87,10 +105,10 @@ def prepare(
         "vocab_size": vocab_size, "model_type": model_type, "tokenizer_sample": tokenizer_sample,
         "eval_fraction": eval_fraction, "text_field": text_field, "document_unit": document_unit,
         "window": window, "reverse_complement": reverse_complement, "soft_mask": soft_mask,
-        "min_characters": min_characters, "shard_size": shard_size, "threads": threads, "cache": cache,
-        "divide": divide, "near_duplicates": near_duplicates, "language": language,
-        "language_confidence": language_confidence, "quality": quality, "image_size": image_size,
-        "image_color": image_color,
+        "min_characters": min_characters, "max_characters": max_characters, "shard_size": shard_size,
+        "threads": threads, "cache": cache, "divide": divide, "near_duplicates": near_duplicates,
+        "language": language, "language_confidence": language_confidence, "quality": quality,
+        "image_size": image_size, "image_color": image_color, "image_labels": image_labels,
     }  # fmt: skip
     try:
         options = PrepareOptions.model_validate(values)
@@ -102,26 +120,24 @@ def prepare(
         raise ConfigError("--task and --tasks belong together, without --processes")
     if histogram:
         drawing()  # what is missing is said now, not after the work
-    if processes > 1:
-        _say_size(output, prepare_with_processes(options, processes))
-        _draw(output, histogram)
-        return
     if task is not None and tasks is not None:
         options = part_of(options, task, tasks)
+    begun = time.monotonic()
+    report: Report | None
     with progress_display() as progress:
-        report = run(options, progress) if task is None else prepare_part(options, progress)
+        if processes > 1:
+            report = prepare_with_processes(options, processes, progress)
+        else:
+            report = run(options, progress) if task is None else prepare_part(options, progress)
     if report is None:
         typer.echo(f"{options.output}: is there already")
         return
-    if report.licence:
-        typer.echo(f"licence    {report.licence}")
-    typer.echo(f"documents  {report.train_documents:,} to train on, {report.eval_documents:,} held out")
-    typer.echo(f"dropped    {_counted(report.dropped)}")
-    typer.echo(f"tokens     {report.train_tokens:,} to train on, {report.eval_tokens:,} held out")
-    typer.echo(f"tokenizer  {report.vocab_size:,} pieces, {report.tokens_per_word:.2f} tokens a word")
-    typer.echo(f"unknown    {report.unknown_rate:.4%} of the tokens")
-    typer.echo(f"written    {options.output} in {report.seconds:.0f} s")
-    _draw(options.output, histogram)
+    _say(options.output, report, f" in {time.monotonic() - begun:.0f} s")
+    if histogram:
+        from hydra_data_prep.histogram import draw_lengths
+
+        draw_lengths(options.output, histogram)
+        typer.echo(f"histogram  {histogram}")
 
 
 @app.command()
@@ -133,9 +149,11 @@ def join(
     from hydra_data_prep.assemble import join as run
     from hydra_data_prep.parts import parts_in
     from hydra_data_prep.publish import remove_all_leftovers
+    from hydra_data_prep.report import report_of
 
-    _say_size(output, run(parts_in(parts), output))
+    run(parts_in(parts), output)
     remove_all_leftovers(parts)
+    _say(output, report_of(output))
 
 
 @app.command()
@@ -147,14 +165,15 @@ def verify(
 ) -> None:
     """Compare every file of a prepared folder with its manifest."""
     from hydra_data_prep.assemble import without_broken as leave_out
+    from hydra_data_prep.report import report_of
     from hydra_data_prep.verify import verify as run
 
     if without_broken:
-        manifest, faults = leave_out(data, without_broken)
+        _, faults = leave_out(data, without_broken)
         for fault in faults:
             typer.echo(f"left out   {fault}")
         typer.echo(f"left out   {len(faults):,} shards")
-        _say_size(without_broken, manifest)
+        _say(without_broken, report_of(without_broken))
         return
     run(data)
     typer.echo(f"{data}: every file is as the manifest says")
@@ -223,7 +242,7 @@ def plan(
 @app.command()
 def evaluate(
     run_dir: RunDir,
-    data: Annotated[Path, typer.Option(help="Folder of `prepare`; its eval split is used.")],
+    data: Annotated[str, typer.Option(help="Folder of `prepare`, or its URL; the eval split is used.")],
     sequences: Annotated[int | None, typer.Option(help="Sequences to score; absent: as in the run.", min=1)] = None,
 ) -> None:
     """Masked loss and accuracy of a run's newest checkpoint on held-out documents, beside the unigram baseline."""
@@ -301,24 +320,9 @@ def doctor(
     raise typer.Exit(0 if sound else 5)
 
 
-def _draw(folder: Path, picture: Path | None) -> None:
-    if picture:
-        from hydra_data_prep.histogram import draw_lengths
-
-        draw_lengths(folder, picture)
-        typer.echo(f"histogram  {picture}")
-
-
-def _counted(dropped: Mapping[str, object]) -> str:
-    return ", ".join(f"{number:,} {reason}" for reason, number in dropped.items())
-
-
-def _say_size(folder: Path, manifest: "Manifest") -> None:
-    for split, entry in manifest.splits.items():
-        typer.echo(f"{split:<11}{entry.documents:,} documents, {entry.tokens:,} tokens")
-    if isinstance(dropped := manifest.source.get("dropped"), dict):
-        typer.echo(f"dropped    {_counted(dropped)}")
-    typer.echo(f"written    {folder}")
+def _say(folder: Path, report: "Report", how_long: str = "") -> None:
+    for line in (*report.lines(), f"written    {folder}{how_long}"):
+        typer.echo(line)
 
 
 def main() -> None:
@@ -327,7 +331,7 @@ def main() -> None:
     try:
         app()
     except HydraScaleError as error:
-        sys.exit(report(error))
+        sys.exit(report_error(error))
 
 
 if __name__ == "__main__":

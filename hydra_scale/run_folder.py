@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 _SHOWN = 8  # differing settings in one error
 _MAY_CHANGE = (
     "parallel.", "zero.", "checkpoint.", "monitor.", "watchdog.", "numerics.", "evaluation.", "data.train", "data.eval",
-    "data.cache", "data.skip_batches", "training.micro_batch_size", "training.steps", "training.recompute.",
-    "training.cuda_graphs", "model.mixer.backend", "model.mixer.chunk_size",
+    "data.cache", "data.skip_batches", "data.accept_change", "training.micro_batch_size", "training.steps",
+    "training.recompute.", "training.cuda_graphs", "model.mixer.backend", "model.mixer.chunk_size",
 )  # fmt: skip
 """Settings that a run may change when it continues. Most of them change nothing that is computed. What does:
-training.steps, which stretches the schedule; numerics.*, which decides over steps that went wrong from here on; and
-data.skip_batches, which leaves out batches from here on or from an earlier checkpoint on. The data folders may move;
-their content is compared by fingerprint."""
+training.steps, which stretches the schedule; numerics.*, which decides over steps that went wrong from here on;
+data.skip_batches, which leaves out batches from here on or from an earlier checkpoint on; and data.accept_change. The
+data folders may move; their content is compared by fingerprint."""
 
 
 class RunFolder:

@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 
 from hydra_data_prep.prepare import PrepareOptions, prepare
 
-pytest_plugins = ["fault_table"]
+pytest_plugins = ["fault_table", "s3_server"]
 
 
 @pytest.fixture(scope="session", autouse=True)

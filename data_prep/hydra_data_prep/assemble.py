@@ -18,14 +18,17 @@ from hydra_data_prep.publish import check_free, published
 from hydra_scale.data.manifest import (
     COUNTS,
     DROPPED,
+    LABELS,
     LENGTHS,
     TOKENIZER_FOLDER,
+    WORDS,
     Manifest,
     ShardEntry,
     SplitEntry,
     read_manifest,
 )
-from hydra_scale.data.shards import Split, TokenStore, save_array
+from hydra_scale.data.shard_writer import save_array
+from hydra_scale.data.shards import Split, TokenStore, document_labels
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
 
@@ -36,6 +39,7 @@ class _Shard:
     entry: ShardEntry
     lengths: np.ndarray
     counts: np.ndarray
+    labels: np.ndarray | None
 
 
 def join(parts: Sequence[Path], output: Path) -> Manifest:
@@ -54,14 +58,20 @@ def join(parts: Sequence[Path], output: Path) -> Manifest:
                 f"{part}: prepared with tokenizer {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]},"
                 f" {parts[0]} with {first.tokenizer.kind} {first.tokenizer.sha256[:12]}; prepare it with the same one"
             )
+        if manifest.classes != first.classes:
+            raise DataError(
+                f"{part}: its classes are {_listed(manifest.classes)}, those of {parts[0]} {_listed(first.classes)};"
+                " prepare both from the same --input"
+            )
     _refuse_twins(parts, manifests)
     shards: dict[Split, list[_Shard]] = {}
     for part, manifest in zip(parts, manifests, strict=True):
         for split in manifest.splits:
-            store = TokenStore(part, manifest, split)
-            shards.setdefault(split, []).extend(_read(store, number) for number in range(len(store.entry.shards)))
+            store, labels = TokenStore(part, manifest, split), document_labels(part, manifest, split)
+            found = [_read(store, number, labels) for number in range(len(store.entry.shards))]
+            shards.setdefault(split, []).extend(found)
     _refuse_same_keys([shard.path for found in shards.values() for shard in found])
-    source = first.source | {DROPPED: _dropped(manifests)}
+    source = first.source | {DROPPED: _dropped(manifests)} | _words(manifests)
     return _write(parts[0], first.model_copy(update={"source": source}), shards, output)
 
 
@@ -77,16 +87,21 @@ def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
     faults: list[str] = []
     shards: dict[Split, list[_Shard]] = {}
     for split in manifest.splits:
-        store = TokenStore(folder, manifest, split)
+        store, labels = TokenStore(folder, manifest, split), document_labels(folder, manifest, split)
         whole = shards[split] = []
         for number in range(len(store.entry.shards)):
             try:
-                whole.append(_read(store, number))
+                whole.append(_read(store, number, labels))
             except DataError as error:
                 faults.append(str(error))
         if not whole:
             raise DataError(f"{folder / split}: none of its {len(store.entry.shards)} shards is whole; {faults[-1]}")
-    return _write(folder, manifest, shards, output), faults
+    source = manifest.source | {WORDS: None}  # those of the shards that are left are not known
+    return _write(folder, manifest.model_copy(update={"source": source}), shards, output), faults
+
+
+def _listed(classes: tuple[str, ...] | None) -> str:
+    return "none" if classes is None else f"{len(classes)} ({', '.join(classes[:5])}{', ...' * (len(classes) > 5)})"
 
 
 def _dropped(manifests: Sequence[Manifest]) -> dict[str, JsonValue]:
@@ -97,6 +112,11 @@ def _dropped(manifests: Sequence[Manifest]) -> dict[str, JsonValue]:
     return dict(total)
 
 
+def _words(manifests: Sequence[Manifest]) -> dict[str, JsonValue]:
+    words = [manifest.source.get(WORDS) for manifest in manifests]
+    return {WORDS: sum(number if isinstance(number, int) else 0 for number in words) if all(words) else None}
+
+
 def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
     seen: dict[str, Path] = {}
     for part, manifest in zip(parts, manifests, strict=True):
@@ -104,7 +124,10 @@ def _refuse_twins(parts: Sequence[Path], manifests: Sequence[Manifest]) -> None:
             for shard in entry.shards:
                 path = part / split / shard.name
                 if shard.sha256 in seen:
-                    raise DataError(f"{path}: the same content as {seen[shard.sha256]}; leave one of the parts out")
+                    raise DataError(
+                        f"{path}: the same content as {seen[shard.sha256]}; leave one of the parts out, or list it in"
+                        " data.train as a source of its own to train on it more often"
+                    )
                 seen[shard.sha256] = path
 
 
@@ -123,10 +146,11 @@ def _refuse_same_keys(paths: Sequence[Path]) -> None:
         seen[key] = path
 
 
-def _read(store: TokenStore, number: int) -> _Shard:
+def _read(store: TokenStore, number: int, labels: np.ndarray | None) -> _Shard:
     entry = store.entry.shards[number]
     counts = np.bincount(store.read_shard(number), minlength=store.vocab_size)
-    return _Shard(store.folder / entry.name, entry, store.lengths_of(number), counts)
+    here = None if labels is None else np.array(labels[store.documents_of(number)])
+    return _Shard(store.folder / entry.name, entry, store.lengths_of(number), counts, here)
 
 
 def _write(origin: Path, manifest: Manifest, shards: dict[Split, list[_Shard]], output: Path) -> Manifest:
@@ -145,12 +169,14 @@ def _write_split(folder: Path, shards: list[_Shard]) -> SplitEntry:
         _link(shard.path, folder / entries[-1].name)
     lengths = np.concatenate([shard.lengths for shard in shards])
     counts = np.sum([shard.counts for shard in shards], axis=0)
+    labels = [shard.labels for shard in shards if shard.labels is not None]
     return SplitEntry(
         documents=len(lengths),
         tokens=int(lengths.sum(dtype=np.int64)),
         lengths=save_array(folder / LENGTHS, lengths),
         counts=save_array(folder / COUNTS, counts.astype("<i8")),
         shards=tuple(entries),
+        labels=save_array(folder / LABELS, np.concatenate(labels)) if labels else None,
     )
 
 

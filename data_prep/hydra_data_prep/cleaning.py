@@ -16,6 +16,13 @@ Filter = Callable[[str], str | None]
 """Why a document is dropped, given its text before it is normalised; None if it is kept."""
 
 
+class Labelled(NamedTuple):
+    """A document with its class."""
+
+    content: bytes
+    label: int
+
+
 class CleanDocument(NamedTuple):
     """A document that is kept."""
 
@@ -23,6 +30,7 @@ class CleanDocument(NamedTuple):
     """Normalised by the tokenizer's rule; bytes are as they were."""
     digest: bytes
     """16 bytes of BLAKE2b of the text."""
+    label: int | None = None
 
     @property
     def lot(self) -> float:
@@ -34,11 +42,12 @@ class CleanDocument(NamedTuple):
 class Cleaning:
     """Cleans a stream of documents and counts what it drops.
 
-    Memory grows by one 16 byte digest for each different document.
+    Memory grows by one 16 byte digest for each different document, and its label.
     """
 
     normalise: Callable[[str], str]
     min_characters: int
+    max_characters: int | None = None
     part: tuple[int, int] | None = None
     """(i, n): of n parts of all documents, divided by the hash of their text, only the i-th is looked at further."""
     near: NearDuplicates | None = None
@@ -46,23 +55,31 @@ class Cleaning:
     """Asked in turn."""
     num_read: int = 0
     num_short: int = 0
+    num_long: int = 0
     num_duplicates: int = 0
     num_near_duplicates: int = 0
+    num_contradicting: int = 0
+    """Dropped: same content as an earlier one that has another label."""
     filtered: Counter[str] = field(default_factory=Counter)
     """Dropped by filters, for each reason."""
     _seen: set[bytes] = field(default_factory=set)
+    _labels: dict[bytes, int] = field(default_factory=dict)
 
     @property
     def dropped(self) -> dict[str, int]:
         """How many documents were dropped, for each reason."""
         near = {"near duplicates": self.num_near_duplicates} if self.near else {}
+        contradicting = {"duplicates with another label": self.num_contradicting} if self._labels else {}
         filtered = {reason: self.filtered[reason] for reason in sorted(self.filtered)}
-        return {"too short": self.num_short, "duplicates": self.num_duplicates} | near | filtered
+        long = {"too long": self.num_long} if self.max_characters is not None else {}
+        duplicates = {"duplicates": self.num_duplicates}
+        return {"too short": self.num_short} | long | duplicates | contradicting | near | filtered
 
-    def __call__(self, documents: Iterable[str] | Iterable[bytes]) -> Iterator[CleanDocument]:
+    def __call__(self, documents: Iterable[str] | Iterable[bytes] | Iterable[Labelled]) -> Iterator[CleanDocument]:
         """The documents that are long enough and new, in order."""
-        for raw in documents:
+        for document in documents:
             self.num_read += 1
+            raw, label = document if isinstance(document, Labelled) else (document, None)
             if isinstance(raw, str):
                 raw = _NOT_TEXT.sub("", raw)
             text = self.normalise(raw) if isinstance(raw, str) else raw
@@ -74,15 +91,23 @@ class Cleaning:
             if len(text) < self.min_characters:
                 self.num_short += 1
                 continue
+            if self.max_characters is not None and len(text) > self.max_characters:
+                self.num_long += 1
+                continue
             # before it is remembered: of two with the same text after normalisation one may have better lines
             if isinstance(raw, str) and (reason := next(filter(None, (look(raw) for look in self.filters)), None)):
                 self.filtered[reason] += 1
                 continue
             if digest in self._seen:
-                self.num_duplicates += 1
+                if self._labels.get(digest) == label:
+                    self.num_duplicates += 1
+                else:
+                    self.num_contradicting += 1
                 continue
             self._seen.add(digest)
+            if label is not None:
+                self._labels[digest] = label
             if self.near and isinstance(text, str) and self.near.seen(text):
                 self.num_near_duplicates += 1
                 continue
-            yield CleanDocument(text, digest)
+            yield CleanDocument(text, digest, label)

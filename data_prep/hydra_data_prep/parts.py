@@ -5,14 +5,15 @@ A part is a prepared folder OUTPUT/part-00003-of-00008, whole or absent: a part 
 
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
 from hydra_data_prep.assemble import join
-from hydra_data_prep.prepare import PrepareOptions, Progress, Report, described, prepare
+from hydra_data_prep.prepare import PrepareOptions, Progress, described, prepare
 from hydra_data_prep.publish import check_free, remove_leftovers
-from hydra_scale.data.manifest import MANIFEST, Manifest, read_manifest
+from hydra_data_prep.report import Report, report_of
+from hydra_scale.data.manifest import MANIFEST, read_manifest
 from hydra_scale.errors import ConfigError, DataError
 
 
@@ -48,7 +49,9 @@ def prepare_part(options: PrepareOptions, progress: Progress = lambda stage, don
     return None
 
 
-def prepare_with_processes(options: PrepareOptions, processes: int) -> Manifest:
+def prepare_with_processes(
+    options: PrepareOptions, processes: int, progress: Progress = lambda stage, done, total: None
+) -> Report:
     """Prepare a folder as so many parts at the same time, and join them; after an interruption the parts that are
     there are kept, beside the output, for the next try.
 
@@ -59,16 +62,19 @@ def prepare_with_processes(options: PrepareOptions, processes: int) -> Manifest:
     folder = options.output.with_name(f"{options.output.name}.parts")
     parts = [part_of(options.model_copy(update={"output": folder}), task, processes) for task in range(processes)]
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        _all(pool, parts)
-    manifest = join([part.output for part in parts], options.output)
+        _all(pool, parts, progress)
+    progress("joining the parts", 0, None)
+    join([part.output for part in parts], options.output)
+    progress("joining the parts", 1, 1)
     shutil.rmtree(folder)
-    return manifest
+    return report_of(options.output)
 
 
-def _all(pool: ProcessPoolExecutor, parts: Sequence[PrepareOptions]) -> None:
-    futures = [pool.submit(prepare_part, part) for part in parts]
-    for future in futures:
+def _all(pool: ProcessPoolExecutor, parts: Sequence[PrepareOptions], progress: Progress) -> None:
+    progress("preparing parts", 0, len(parts))
+    for number, future in enumerate(as_completed([pool.submit(prepare_part, part) for part in parts]), start=1):
         future.result()
+        progress("preparing parts", number, len(parts))
 
 
 def parts_in(folder: Path) -> list[Path]:

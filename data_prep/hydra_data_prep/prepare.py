@@ -6,31 +6,39 @@ tokenises both files. Memory holds one batch, the shard block being filled, and 
 """
 
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from hydra_data_prep.archives import read_debs, read_wheels
-from hydra_data_prep.cleaning import CleanDocument, Cleaning, Filter
+from hydra_data_prep.cleaning import CleanDocument, Cleaning, Filter, Labelled
 from hydra_data_prep.fasta import FastaOptions
-from hydra_data_prep.images import ImageOptions, read_images
+from hydra_data_prep.images import Classes, ClassFolders, ImageOptions, find_classes, read_images
 from hydra_data_prep.language import LanguageFilter
 from hydra_data_prep.near_duplicates import NearDuplicates
 from hydra_data_prep.publish import check_free, published
 from hydra_data_prep.quality import GopherFilter
 from hydra_data_prep.registry import CORPORA, read_corpus
+from hydra_data_prep.report import Report, report_of
 from hydra_data_prep.sources import DocumentUnit, SourceOptions, list_files, read_files, source_suffixes
 from hydra_data_prep.spool import Spool
 from hydra_data_prep.train_tokenizer import existing_tokenizer, train_sentencepiece
-from hydra_scale.data.manifest import DROPPED, TOKENIZER_FOLDER, Manifest, SplitEntry, TokenizerEntry
-from hydra_scale.data.shards import ShardWriter, Split, token_dtype
+from hydra_scale.data.manifest import (
+    DROPPED,
+    LABELLED,
+    PLAIN,
+    TOKENIZER_FOLDER,
+    WORDS,
+    Manifest,
+    SplitEntry,
+    TokenizerEntry,
+)
+from hydra_scale.data.shard_writer import ShardWriter
+from hydra_scale.data.shards import Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
-from hydra_scale.errors import ConfigError
+from hydra_scale.errors import ConfigError, DataError
 
 SourceKind = Literal[
     "text", "html", "jsonl", "csv", "parquet", "fasta", "wheel", "deb", "images",
@@ -81,8 +89,13 @@ class PrepareOptions(BaseModel):
     """Pixels of a side of the squares to which pictures are resized and cropped."""
     image_color: Literal["grey", "rgb"] | None = None
     """Values of a pixel: one (absent), or red, green and blue."""
+    image_labels: ClassFolders | None = None
+    """folders: the class of a picture is the folder inside the input in which it lies; none: pictures have no class;
+    absent: folders, if all pictures lie in such folders and there are two or more."""
     min_characters: Annotated[int, Field(ge=1)] = 1
     """Documents with fewer characters after normalisation are dropped."""
+    max_characters: Annotated[int, Field(ge=1)] | None = None
+    """Documents with more characters after normalisation are dropped; absent: none is."""
     near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     """Drop documents whose runs of five words are to this share (Jaccard) those of an earlier one; absent: only exact
     duplicates are dropped."""
@@ -106,35 +119,6 @@ class PrepareOptions(BaseModel):
     """Where downloads are kept; absent: hydra-scale in the user's cache folder."""
 
 
-@dataclass(frozen=True)
-class Report:
-    """What `prepare` did."""
-
-    num_read: int
-    """Documents of the source."""
-    num_short: int
-    """Dropped: fewer than min_characters."""
-    num_duplicates: int
-    """Dropped: same normalised text as an earlier one."""
-    num_near_duplicates: int
-    """Dropped: nearly the text of an earlier one."""
-    dropped: dict[str, int]
-    """All that were dropped, for each reason."""
-    train_documents: int
-    train_tokens: int
-    eval_documents: int
-    eval_tokens: int
-    vocab_size: int
-    unknown_rate: float
-    """Fraction of the ordinary tokens that are [UNK] or single bytes of what has no piece."""
-    tokens_per_word: float
-    """Ordinary tokens over words between spaces; a picture counts as one word."""
-    shard_bytes: int
-    seconds: float
-    licence: str | None
-    """Licence of a downloaded source."""
-
-
 def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, total: None) -> Report:
     """Make a prepared folder. Same documents and options, same bytes; a crash leaves nothing under the final name.
 
@@ -143,26 +127,32 @@ def prepare(options: PrepareOptions, progress: Progress = lambda stage, done, to
         DataError: the source is empty, missing or damaged, the output is not empty, or the tokenizer does not fit.
         EnvironmentFault: the disk is full or not writable, a download or an optional package is missing.
     """
-    started = time.monotonic()
     _check(options)
     tokenizer = None if options.tokenizer == "sentencepiece" else existing_tokenizer(options.tokenizer)
-    documents = _open_source(options)
+    classes = find_classes(options.input, options.image_labels) if options.source == "images" else None
+    documents = _open_source(options, classes)
     near = NearDuplicates(options.near_duplicates) if options.near_duplicates else None
     filters = _filters(options)
     keep = options.part if options.divide == "documents" else None
     with published(options.output.absolute()) as folder:
         normalise = tokenizer.normalise if tokenizer else normalise_text
-        cleaning = Cleaning(normalise, options.min_characters, keep, near, filters)
+        cleaning = Cleaning(normalise, options.min_characters, options.max_characters, keep, near, filters)
         spool = Spool(folder, binary=options.source == "images")
-        spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction, options.source)
+        spool.fill(_counted(cleaning(documents), cleaning, progress), options.eval_fraction)
+        if not spool.splits:
+            raise DataError(_nothing_kept(options, cleaning))
         if tokenizer is None:
             tokenizer = _train(spool, options, progress)
         tokenizer.save(folder / TOKENIZER_FOLDER)
-        writers = {split: _write_split(spool, split, folder, tokenizer, options, progress) for split in spool.splits}
+        labelled = classes is not None
+        writers = {
+            split: _write_split(spool, split, folder, tokenizer, options, progress, labelled) for split in spool.splits
+        }
         spool.remove()
-        source = described(options) | {DROPPED: dict(cleaning.dropped)}
-        _manifest(tokenizer, source, {split: writer.entry for split, writer in writers.items()}).write(folder)
-    return _report(cleaning, spool, writers, tokenizer, options, time.monotonic() - started)
+        source = described(options) | {DROPPED: dict(cleaning.dropped), WORDS: spool.num_words}
+        entries = {split: writer.entry for split, writer in writers.items()}
+        _manifest(tokenizer, source, entries, classes).write(folder)
+    return report_of(options.output)
 
 
 def described(options: PrepareOptions) -> dict[str, JsonValue]:
@@ -185,6 +175,10 @@ def _check(options: PrepareOptions) -> None:
         flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
         raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
     _check_images(options)
+    if options.max_characters is not None and options.max_characters < options.min_characters:
+        raise ConfigError(
+            f"--max-characters {options.max_characters} is below --min-characters {options.min_characters}: raise it"
+        )
     if options.language_confidence is not None and options.language is None:
         raise ConfigError("--language-confidence is the least for --language; give one, as --language en")
     check_free(options.output)
@@ -192,8 +186,10 @@ def _check(options: PrepareOptions) -> None:
 
 def _check_images(options: PrepareOptions) -> None:
     if options.source != "images":
-        if options.image_size is not None or options.image_color is not None:
-            raise ConfigError(f"--image-size and --image-color are for --source images, found {options.source}")
+        if (options.image_size, options.image_color, options.image_labels) != (None, None, None):
+            raise ConfigError(
+                f"--image-size, --image-color and --image-labels are for --source images, found {options.source}"
+            )
         return
     if options.image_size is None:
         raise ConfigError("--source images needs --image-size N: pictures become N x N pixels")
@@ -214,9 +210,12 @@ def _filters(options: PrepareOptions) -> list[Filter]:
     return filters
 
 
-def _open_source(options: PrepareOptions) -> Iterator[str] | Iterator[bytes]:
+def _open_source(
+    options: PrepareOptions, classes: Classes | None
+) -> Iterator[str] | Iterator[bytes] | Iterator[Labelled]:
     if options.source == "images":
-        return read_images(_inputs(options), ImageOptions(options.image_size or 0, options.image_color or "grey"))
+        how_large = ImageOptions(options.image_size or 0, options.image_color or "grey")
+        return read_images(_inputs(options), how_large, classes)
     fasta = FastaOptions(options.window, options.reverse_complement, options.soft_mask)
     how = SourceOptions(options.text_field, options.document_unit, fasta)
     if options.source in CORPORA:
@@ -224,6 +223,14 @@ def _open_source(options: PrepareOptions) -> Iterator[str] | Iterator[bytes]:
     if options.source in ("wheel", "deb"):
         return (read_wheels if options.source == "wheel" else read_debs)(_inputs(options), how)
     return read_files(options.source, _inputs(options), how)
+
+
+def _nothing_kept(options: PrepareOptions, cleaning: Cleaning) -> str:
+    dropped = ", ".join(f"{number:,} {reason}" for reason, number in cleaning.dropped.items() if number)
+    return (
+        f"--source {options.source}: none of its {cleaning.num_read:,} documents is kept"
+        f"{f' ({dropped})' if dropped else ''}; check --input, --min-characters and what else drops documents"
+    )
 
 
 def _inputs(options: PrepareOptions) -> Sequence[Path]:
@@ -260,66 +267,50 @@ def _train(spool: Spool, options: PrepareOptions, progress: Progress) -> Tokeniz
 
 
 def _write_split(
-    spool: Spool, split: Split, folder: Path, tokenizer: Tokenizer, options: PrepareOptions, progress: Progress
+    spool: Spool,
+    split: Split,
+    folder: Path,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    progress: Progress,
+    labelled: bool,
 ) -> ShardWriter:
     stage, done, total = f"tokenising the {split} split", 0, spool.size(split)
     # no two samples of a joined folder have the same key
     key = split if options.part is None else f"{split}-part{options.part[0]:05d}"
-    with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size) as writer:
-        for texts, size in _batches(spool.documents(split)):
-            writer.add(tokenizer.encode(texts, num_threads=options.threads))
+    with ShardWriter(folder / split, key, tokenizer.vocab_size, options.shard_size, labelled=labelled) as writer:
+        for texts, labels, size in _batches(spool.documents(split)):
+            writer.add(tokenizer.encode(texts, num_threads=options.threads), labels)
             done += size
             progress(stage, min(done, total), total)
     progress(stage, total, total)
     return writer
 
 
-def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
-    """Lists of documents of about a million characters together, with that number."""
-    texts: list[str] = []
+def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], list[int], int]]:
+    """Documents of about a million characters together, the label of each if they have labels, and that number."""
+    texts: list[Any] = []
+    labels: list[int] = []
     size = 0
-    for text in documents:
+    for document in documents:
+        text = document.content if isinstance(document, Labelled) else document
+        if isinstance(document, Labelled):
+            labels.append(document.label)
         texts.append(text)
         size += len(text) + 1
         if size >= _BATCH_BYTES:
-            yield texts, size
-            texts, size = [], 0
+            yield texts, labels, size
+            texts, labels, size = [], [], 0
     if texts:
-        yield texts, size
+        yield texts, labels, size
 
 
-def _report(
-    cleaning: Cleaning,
-    spool: Spool,
-    writers: dict[Split, ShardWriter],
-    tokenizer: Tokenizer,
-    options: PrepareOptions,
-    seconds: float,
-) -> Report:
-    counts = np.sum([writer.counts for writer in writers.values()], axis=0)
-    num_ordinary = int(counts[~tokenizer.is_special | tokenizer.is_fallback].sum())
-    train, held_out = writers["train"].entry, writers["eval"].entry if "eval" in writers else None
-    return Report(
-        num_read=cleaning.num_read,
-        num_short=cleaning.num_short,
-        num_duplicates=cleaning.num_duplicates,
-        num_near_duplicates=cleaning.num_near_duplicates,
-        dropped=cleaning.dropped,
-        train_documents=train.documents,
-        train_tokens=train.tokens,
-        eval_documents=held_out.documents if held_out else 0,
-        eval_tokens=held_out.tokens if held_out else 0,
-        vocab_size=tokenizer.vocab_size,
-        unknown_rate=int(counts[tokenizer.is_fallback].sum()) / max(1, num_ordinary),
-        tokens_per_word=num_ordinary / spool.num_words,
-        shard_bytes=sum(shard.bytes for writer in writers.values() for shard in writer.entry.shards),
-        seconds=seconds,
-        licence=CORPORA[options.source].licence if options.source in CORPORA else None,
-    )
-
-
-def _manifest(tokenizer: Tokenizer, source: dict[str, JsonValue], splits: dict[Split, SplitEntry]) -> Manifest:
+def _manifest(
+    tokenizer: Tokenizer, source: dict[str, JsonValue], splits: dict[Split, SplitEntry], classes: Classes | None
+) -> Manifest:
     return Manifest(
+        version=LABELLED if classes else PLAIN,
+        classes=classes.names if classes else None,
         tokenizer=TokenizerEntry(
             kind=tokenizer.kind,
             sha256=tokenizer.sha256,

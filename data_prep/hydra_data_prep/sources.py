@@ -92,7 +92,7 @@ def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
         elif path.is_file():
             files.append(path)
         else:
-            raise DataError(f"{path}: no such file or folder; check --input")
+            raise DataError(f"{path}: no such file or folder here; check --input, which takes local ones")
     return files
 
 
@@ -131,10 +131,12 @@ def _read_jsonl(stream: BinaryIO, where: str, options: SourceOptions) -> Iterato
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: line {number}: not JSON ({error}); repair or remove it") from None
         text = record.get(options.text_field) if isinstance(record, dict) else None
         if not isinstance(text, str):
+            if isinstance(record, dict) and options.text_field in record:
+                raise _no_text(f"{where}: line {number}", options.text_field, text)
             found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise _no_field(f"{where}: line {number}", options.text_field, found)
         yield text
@@ -160,11 +162,12 @@ def _read_parquet(stream: BinaryIO, where: str, options: SourceOptions) -> Itera
         table = pyarrow.parquet.ParquetFile(stream)
         if options.text_field not in table.schema_arrow.names:
             raise _no_field(where, options.text_field, ", ".join(table.schema_arrow.names))
-        for batch in table.iter_batches(batch_size=1024, columns=[options.text_field]):
-            for text in batch.column(0).to_pylist():
-                if not isinstance(text, str):
-                    raise DataError(f"{where}: a row of {options.text_field} is {type(text).__name__}, expected text")
-                yield text
+        batches = table.iter_batches(batch_size=1024, columns=[options.text_field])
+        texts = (text for batch in batches for text in batch.column(0).to_pylist())
+        for number, text in enumerate(texts, start=1):
+            if not isinstance(text, str):
+                raise _no_text(f"{where}: row {number}", options.text_field, text)
+            yield text
     except pyarrow.ArrowException as error:
         raise DataError(f"{where}: not a Parquet file ({error}); copy it again") from None
 
@@ -203,6 +206,10 @@ def _read_fasta(stream: BinaryIO, where: str, options: SourceOptions) -> Iterato
 
 def _no_field(where: str, field: str, found: str) -> DataError:
     return DataError(f"{where}: no text in field {field!r}; found {found or 'nothing'}; choose one with --text-field")
+
+
+def _no_text(where: str, field: str, found: object) -> DataError:
+    return DataError(f"{where}: field {field!r} is {type(found).__name__}, expected text; repair or remove it")
 
 
 _READERS: dict[str, tuple[Reader, tuple[str, ...]]] = {

@@ -1,7 +1,7 @@
 """Kept documents between the two passes of a preparation: lines of plain files, settled into splits.
 
 A tokenizer that takes texts as they are keeps their line breaks, which stand in the files as the NUL that cleaning has
-removed from every text. Documents of bytes stand there as hexadecimal digits.
+removed from every text. Documents of bytes stand there as hexadecimal digits, which a label may follow.
 """
 
 from collections.abc import Iterator
@@ -9,9 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from hydra_data_prep.cleaning import CleanDocument
+from hydra_data_prep.cleaning import CleanDocument, Labelled
 from hydra_scale.data.shards import Split
-from hydra_scale.errors import DataError
 
 
 class Spool:
@@ -24,8 +23,8 @@ class Spool:
         self._moved: tuple[Split, int] | None = None
         self.num_words = 0
 
-    def fill(self, documents: Iterator[CleanDocument], eval_fraction: float, source: str) -> None:
-        """Write the documents down and settle the splits: train gets at least one, and eval if there are two."""
+    def fill(self, documents: Iterator[CleanDocument], eval_fraction: float) -> None:
+        """Write the documents down and settle the splits: train gets one of any, and eval if there are two."""
         lowest, highest = (2.0, 0), (-1.0, 0)  # (lot, line) of the document nearest to the other split
         with self._files["train"].open("wb") as train, self._files["eval"].open("wb") as held_out:
             for document in documents:
@@ -36,11 +35,13 @@ class Spool:
                 else:
                     highest = max(highest, (lot, self._counts["eval"]))
                 line = text.hex() if isinstance(text, bytes) else text.replace("\n", "\0")
+                if document.label is not None:
+                    line += f" {document.label}"
                 (train if split == "train" else held_out).write(line.encode() + b"\n")
                 self._counts[split] += 1
                 self.num_words += 1 if isinstance(text, bytes) else text.count(" ") + text.count("\n") + 1
         if not any(self._counts.values()):
-            raise DataError(f"--source {source}: holds no document to keep; check --input and --min-characters")
+            return
         if not self._counts["train"]:
             self._move("eval", highest[1])
         elif not self._counts["eval"] and eval_fraction > 0 and self._counts["train"] > 1:
@@ -56,7 +57,7 @@ class Spool:
         return self._files[split].stat().st_size
 
     def documents(self, split: Split) -> Iterator[Any]:
-        """The documents of a split, str or bytes, in order; one that was moved here comes last."""
+        """The documents of a split, str, bytes or Labelled, in order; one that was moved here comes last."""
         for number, text in enumerate(self._lines(split)):
             if (split, number) != self._moved:
                 yield text
@@ -73,8 +74,13 @@ class Spool:
         self._counts[origin] -= 1
         self._counts["eval" if origin == "train" else "train"] += 1
 
-    def _lines(self, split: Split) -> Iterator[str | bytes]:
+    def _lines(self, split: Split) -> Iterator[str | bytes | Labelled]:
         with self._files[split].open("rb") as lines:
             for line in lines:
                 text = line[:-1].decode()
-                yield bytes.fromhex(text) if self._binary else text.replace("\0", "\n")
+                if not self._binary:
+                    yield text.replace("\0", "\n")
+                    continue
+                digits, _, label = text.partition(" ")
+                content = bytes.fromhex(digits)
+                yield Labelled(content, int(label)) if label else content

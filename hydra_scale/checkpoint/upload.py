@@ -7,24 +7,19 @@ what is asked of it at its start: an upload that fails is a warning, the checkpo
 import logging
 import re
 import shutil
-from collections.abc import Callable
 from concurrent import futures
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from hydra_scale.background import Background
 from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, publish
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.manifest import read_manifest, verify_files
 from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
-from hydra_scale.remote import ATTEMPTS, file_system, may_pass
+from hydra_scale.remote import file_system, make_folder, no_bucket, retried, why
 
 log = logging.getLogger(__name__)
-_WAIT = wait_exponential_jitter(initial=1, max=30)
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -46,12 +41,15 @@ class RemoteCheckpoints:
         """Steps of the checkpoints that are visible there, oldest first.
 
         Raises:
-            EnvironmentFault: the store does not answer.
+            ConfigError: there is no such bucket.
+            EnvironmentFault: the store does not answer, or refuses.
         """
         try:
             return self._steps()
+        except ConfigError:
+            raise
         except Exception as error:  # stores raise classes of their own
-            raise EnvironmentFault(f"{self._address}: cannot be listed after {ATTEMPTS} attempts: {error}") from None
+            raise EnvironmentFault(f"{self._address}: cannot be listed {why(error)}") from None
 
     def begin(self, folder: Path) -> None:
         """Upload a published checkpoint, after those begun before it."""
@@ -93,7 +91,7 @@ class RemoteCheckpoints:
 
         Raises:
             CheckpointError: there are some and none is whole.
-            EnvironmentFault: the store does not answer.
+            EnvironmentFault: the store does not answer, or refuses.
         """
         steps, problems = self.steps(), []
         for step in reversed(steps):
@@ -106,7 +104,7 @@ class RemoteCheckpoints:
                 log.warning("damaged checkpoint passed over: %s", error)
                 continue
             except Exception as error:
-                raise EnvironmentFault(f"{self._address}/{final.name}: cannot be fetched: {error}; try again") from None
+                raise EnvironmentFault(f"{self._address}/{final.name}: cannot be fetched {why(error)}") from None
             publish(aside, final)
             log.info("%s: fetched from %s", final, self._address)
             return final
@@ -120,7 +118,7 @@ class RemoteCheckpoints:
 
         def get(file: str) -> None:
             try:
-                _retried(partial(self._files.get_file, f"{self._root}/{name}/{file}", str(aside / file)))
+                retried(partial(self._files.get_file, f"{self._root}/{name}/{file}", str(aside / file)))
             except FileNotFoundError:
                 raise CheckpointError(f"{self._address}/{name}/{file}: missing") from None
 
@@ -153,30 +151,26 @@ class RemoteCheckpoints:
 
     def _upload(self, folder: Path) -> None:
         target = f"{self._root}/{folder.name}"
-        if _retried(partial(self._files.exists, f"{target}/{MANIFEST}")):
+        if retried(partial(self._files.exists, f"{target}/{MANIFEST}")):
             self._delete(folder.name)
-        _retried(partial(self._files.makedirs, target, exist_ok=True))
+        retried(partial(make_folder, self._files, target))
         for name in (*read_manifest(folder).files, MANIFEST_HASH, MANIFEST):
-            _retried(partial(self._files.put_file, str(folder / name), f"{target}/{name}"))
+            retried(partial(self._files.put_file, str(folder / name), f"{target}/{name}"))
 
     def _delete(self, name: str) -> None:
-        _retried(partial(self._files.rm_file, f"{self._root}/{name}/{MANIFEST}"))
-        _retried(partial(self._files.rm, f"{self._root}/{name}", recursive=True))
+        retried(partial(self._files.rm_file, f"{self._root}/{name}/{MANIFEST}"))
+        retried(partial(self._files.rm, f"{self._root}/{name}", recursive=True))
 
     def _steps(self) -> list[int]:
         self._files.invalidate_cache()
         try:
-            found = _retried(partial(self._files.ls, self._root, detail=False))
-        except FileNotFoundError:
+            found = retried(partial(self._files.ls, self._root, detail=False))
+        except FileNotFoundError as error:
+            if no_bucket(error):
+                raise ConfigError(
+                    f"checkpoint.upload {self._address}: no such bucket; make it, or correct the name"
+                ) from None
             return []
         names = [match for path in found if (match := _NAME.fullmatch(path.rstrip("/").rpartition("/")[2]))]
-        visible = [
-            name for name in names if _retried(partial(self._files.exists, f"{self._root}/{name[0]}/{MANIFEST}"))
-        ]
+        visible = [name for name in names if retried(partial(self._files.exists, f"{self._root}/{name[0]}/{MANIFEST}"))]
         return sorted(int(name[1]) for name in visible)
-
-
-def _retried(call: Callable[[], Any]) -> Any:
-    return Retrying(stop=stop_after_attempt(ATTEMPTS), wait=_WAIT, retry=retry_if_exception(may_pass), reraise=True)(
-        call
-    )

@@ -81,6 +81,9 @@ class DataConfig(Section):
     quarantine: bool = False
     """Leave out training shards that are missing, cut or altered when the run begins, the same in all its starts, as
     RUN/quarantine.json says; all shards are hashed before the first step. false: a broken shard ends the run."""
+    accept_change: bool = False
+    """A run whose newest checkpoint was trained on other data of the same tokenizer goes on with those given now, from
+    their first sequence. false: it is refused."""
     seqlen: PositiveInt = 512
     """Tokens of a sequence."""
     packing: bool = True

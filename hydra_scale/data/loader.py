@@ -170,7 +170,7 @@ class TrainingData:
     """
 
     def __init__(self, config: DataConfig, seed: int, without: SetAside | None = None) -> None:
-        self._config = config
+        self._config, self._first_batch = config, 0
         self._sequences = MixedSplits(config, seed, without or {})
         first = self._sequences.splits[0]
         self.tokenizer = first.tokenizer
@@ -184,6 +184,10 @@ class TrainingData:
         """The shard of each source that was last read from, or is being read."""
         return ", ".join(str(split.store.reading) for split in self._sequences.splits if split.store.reading)
 
+    def begin_at(self, batch: int) -> None:
+        """The batches after `batch` are those from the first sequence on: the run had other data before."""
+        self._first_batch = batch
+
     def micro_batches(
         self,
         step: int,
@@ -196,20 +200,20 @@ class TrainingData:
         """What data parallel rank `rank` of `num_ranks` computes in step `step`, counted from 0.
 
         The global batch is sequences [step * global_batch_size, (step + 1) * global_batch_size) of the run, whatever
-        the number of ranks, unless batches are `skipped`; each rank takes an equal stretch of it. The mask rate is the
-        step's. `num_ranks` divides `global_batch_size`.
+        the number of ranks, unless batches are `skipped` or the data did not `begin_at` 0; each rank takes an equal
+        stretch of it. The mask rate is the step's. `num_ranks` divides `global_batch_size`.
 
         Raises:
             DataError: a shard is missing, cut or altered.
         """
         share = global_batch_size // num_ranks
-        begin = (batch_of(step + 1, skipped) - 1) * global_batch_size + rank * share
+        begin = (batch_of(step + 1, skipped) - 1 - self._first_batch) * global_batch_size + rank * share
         firsts, rate = range(begin, begin + share, micro_batch_size), self._config.mask_rate_at(step)
         return [self._batch(first, min(micro_batch_size, begin + share - first), rate) for first in firsts]
 
     def ledger_hash(self, batch: int, global_batch_size: int) -> str:
         """Hex sha256 of a global batch, counted from 0: its (document, start, stop), int64, in order."""
-        pieces = self._sequences.pieces(batch * global_batch_size, global_batch_size)
+        pieces = self._sequences.pieces((batch - self._first_batch) * global_batch_size, global_batch_size)
         rows = np.stack([pieces.documents, pieces.starts, pieces.stops], axis=1)
         return hashlib.sha256(rows.astype("<i8").tobytes()).hexdigest()
 

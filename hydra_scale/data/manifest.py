@@ -5,12 +5,14 @@ DATA/tokenizer/                   everything to tokenise again
 DATA/train/shard-000000.tar ...   the tokens (`hydra_scale.data.shards` says how)
 DATA/train/lengths.npy            uint32 (documents,): tokens of each document, in shard order
 DATA/train/counts.npy             int64 (vocab_size,): occurrences of each token id
+DATA/train/labels.npy             int32 (documents,): class of each document, where they have one
 DATA/eval/                        likewise: documents held out by the hash of their text; may be absent
 """
 
 import hashlib
 import json
 import re
+import tarfile
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -19,13 +21,18 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from hydra_scale.errors import DataError
 
-SCHEMA_VERSION = 1
+PLAIN: Literal[1] = 1
+LABELLED: Literal[2] = 2
+"""Schema versions: folders whose documents have labels are of the second, lest an older program overlook them."""
 MANIFEST = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"
 LENGTHS = "lengths.npy"
 COUNTS = "counts.npy"
+LABELS = "labels.npy"
 DROPPED = "dropped"
 """Entry of a manifest's `source`: how many documents were dropped, for each reason."""
+WORDS = "words"
+"""Entry of a manifest's `source`: words between spaces in all its documents; a picture counts as one."""
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
@@ -39,6 +46,10 @@ _MAGIC = {
     b"PK": "but zip",
 }
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*\.tar")
+
+
+_IF_THERE = Field(exclude_if=lambda value: value is None)
+"""Of what folders without labels lack: their manifests have the content, and the hash, that they always had."""
 
 
 class _Record(BaseModel):
@@ -92,17 +103,26 @@ class SplitEntry(_Record):
     lengths: FileEntry
     counts: FileEntry
     shards: tuple[ShardEntry, ...]
+    labels: Annotated[FileEntry | None, _IF_THERE] = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "SplitEntry":
         if (self.lengths.name, self.counts.name) != (LENGTHS, COUNTS):
             raise ValueError(f"expected the files {LENGTHS} and {COUNTS}")
-        for what, seen in (("name", [s.name for s in self.shards]), ("sha256", [s.sha256 for s in self.shards])):
+        if self.labels and self.labels.name != LABELS:
+            raise ValueError(f"expected the file {LABELS}")
+        again = "; to train on it more often, list its folder again in data.train"
+        for what, seen, advice in (
+            ("name", [s.name for s in self.shards], ""),
+            ("sha256", [s.sha256 for s in self.shards], again),
+        ):
             if len(set(seen)) < len(seen):
                 twice = next(value for value in seen if seen.count(value) > 1)
                 first, second = [number for number, value in enumerate(seen) if value == twice][:2]
                 names = f"{self.shards[first].name} and {self.shards[second].name}"
-                raise ValueError(f"shards {first} and {second} of the list have the same {what} {twice}: {names}")
+                raise ValueError(
+                    f"shards {first} and {second} of the list have the same {what} {twice}: {names}{advice}"
+                )
         totals = (sum(shard.documents for shard in self.shards), sum(shard.tokens for shard in self.shards))
         if totals != (self.documents, self.tokens):
             raise ValueError(
@@ -111,8 +131,13 @@ class SplitEntry(_Record):
             )
         return self
 
+    @property
+    def arrays(self) -> tuple[FileEntry, ...]:
+        """The files beside the shards."""
+        return (self.lengths, self.counts, *([self.labels] if self.labels else []))
+
     def without(self, names: Collection[str]) -> "SplitEntry":
-        """The same split without some of its shards, by name; `lengths` and `counts` stay those of all."""
+        """The same split without some of its shards, by name; its `arrays` stay those of all."""
         shards = tuple(shard for shard in self.shards if shard.name not in names)
         documents, tokens = (sum(getattr(shard, what) for shard in shards) for what in ("documents", "tokens"))
         return self.model_copy(update={"shards": shards, "documents": documents, "tokens": tokens})
@@ -130,13 +155,28 @@ class TokenizerEntry(_Record):
 class Manifest(_Record):
     """Content of manifest.json, but for its own hash."""
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = PLAIN
     tokenizer: TokenizerEntry
     dtype: Literal["uint16", "uint32"]
     """Type of the tokens in the shards, little endian."""
     source: dict[str, JsonValue]
     """Where the documents came from and the options used: for people, nothing reads it."""
     splits: dict[Literal["train", "eval"], SplitEntry]
+    classes: Annotated[tuple[str, ...] | None, _IF_THERE] = None
+    """Names of the classes; a label is a place in them. None: documents have no labels."""
+
+    @model_validator(mode="after")
+    def _labelled_or_not(self) -> "Manifest":
+        labelled = [split for split, entry in self.splits.items() if entry.labels]
+        expected = [] if self.classes is None else list(self.splits)
+        if labelled != expected or (self.version == LABELLED) != (self.classes is not None):
+            raise ValueError(
+                f"version {self.version}, {len(self.classes or ())} classes and labels of {labelled or 'no split'}"
+                " contradict each other"
+            )
+        if self.classes is not None and (not self.classes or len(set(self.classes)) < len(self.classes)):
+            raise ValueError(f"expected the names of the classes, each once; found {list(self.classes)}")
+        return self
 
     def fingerprint(self, split: Literal["train", "eval"]) -> str:
         """Hex digest of what a reader of `split` sees: the tokens, their order and their tokenizer.
@@ -171,7 +211,7 @@ def read_manifest(folder: Path, *, files_too: bool = True, without: Collection[s
         raise DataError(f"{path}: no such file; give a folder written by `hydra-scale prepare`")
     try:
         values = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error}); copy or prepare the folder again") from None
     manifest = _validated(path, values)
     for split, entry in manifest.without(without).splits.items() if files_too else ():
@@ -202,7 +242,7 @@ def sha256_file(path: Path) -> str:
 def check_sha256(path: Path, found: str, expected: str) -> None:
     """Raises DataError if a file's hash is not that of its manifest."""
     if found != expected:
-        kind = no_tar(path)
+        kind = no_tar(path) or _bad_header(path)
         raise DataError(
             f"{path}: {kind}sha256 is {found}, the manifest says {expected}; copy it or prepare the folder again"
         )
@@ -218,14 +258,30 @@ def no_tar(path: Path) -> str:
     return f"not a tar archive, {kind}, "
 
 
+def _bad_header(path: Path) -> str:
+    """`the header at byte N is damaged, ` of a .tar whose headers do not all agree with their own checksums."""
+    place = 0
+    if path.suffix != ".tar":
+        return ""
+    with path.open("rb") as stream:
+        try:
+            while any(header := stream.read(tarfile.BLOCKSIZE)):  # zeros are the end
+                member = tarfile.TarInfo.frombuf(header, "ascii", "strict")
+                place += tarfile.BLOCKSIZE * (1 + -(-member.size // tarfile.BLOCKSIZE))
+                stream.seek(place)
+        except (tarfile.HeaderError, ValueError):
+            return f"the header at byte {place:,} is damaged, "
+    return ""
+
+
 def _validated(path: Path, values: Any) -> Manifest:
     version = values.get("version") if isinstance(values, dict) else None
-    if version != SCHEMA_VERSION:
-        newer = isinstance(version, int) and version > SCHEMA_VERSION
+    if version not in (PLAIN, LABELLED):
+        newer = isinstance(version, int) and version > LABELLED
         advice = (
             "update hydra-scale, or prepare the folder again" if newer else "give a folder of `hydra-scale prepare`"
         )
-        raise DataError(f"{path}: found schema version {version}, this program reads {SCHEMA_VERSION}; {advice}")
+        raise DataError(f"{path}: found schema version {version}, this program reads {PLAIN} and {LABELLED}; {advice}")
     stated = values.pop("sha256", None)
     if (found := _digest(values)) != stated:
         raise DataError(
@@ -236,8 +292,9 @@ def _validated(path: Path, values: Any) -> Manifest:
         return Manifest.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{path}: {where}: {first['msg']}; prepare the folder again") from None
+        where = ".".join(str(part) for part in first["loc"]) or "all of it"
+        message = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{path}: {where}: {message}; prepare the folder again") from None
 
 
 def _check_sizes(folder: Path, entry: SplitEntry) -> None:
@@ -246,7 +303,7 @@ def _check_sizes(folder: Path, entry: SplitEntry) -> None:
         raise DataError(
             f"{folder / missing[0]}: missing, as {len(missing)} of {len(entry.shards)} shards; copy the folder again"
         )
-    for file in (entry.lengths, entry.counts, *entry.shards):
+    for file in (*entry.arrays, *entry.shards):
         path = folder / file.name
         if not path.is_file():
             raise DataError(f"{path}: missing; copy the folder again")

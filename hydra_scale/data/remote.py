@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from hydra_scale.config import DataConfig
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, FileEntry, read_manifest, sha256_file
 from hydra_scale.data.tokenizer import TOKENIZER_FILE
 from hydra_scale.errors import DataError, EnvironmentFault
-from hydra_scale.remote import ATTEMPTS, file_system, may_pass
+from hydra_scale.remote import file_system, no_bucket, retried, why
 
 AT_ONCE = 8
 """Files that are fetched at a time."""
@@ -90,7 +89,7 @@ def is_training_shard(name: str) -> bool:
 
 def files_of(folder: Path) -> list[tuple[str, FileEntry]]:
     splits = read_manifest(folder, files_too=False).splits
-    return [(f"{s}/{file.name}", file) for s, e in splits.items() for file in (e.lengths, e.counts, *e.shards)]
+    return [(f"{s}/{file.name}", file) for s, e in splits.items() for file in (*e.arrays, *e.shards)]
 
 
 def is_there(path: Path, entry: FileEntry) -> bool:
@@ -109,7 +108,7 @@ def _fetch_tokenizer(files: Any, root: str, folder: Path, address: str) -> None:
 
     try:
         others = json.loads(fetch(TOKENIZER_FILE))["sha256"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise DataError(f"{address}/{TOKENIZER_FOLDER}/{TOKENIZER_FILE}: not a tokenizer; upload it again") from None
     for name in others:
         if Path(name).name != name:
@@ -132,15 +131,13 @@ def fetch(files: Any, root: str, folder: Path, name: str, entry: FileEntry, *, a
 
 
 def _retried(what: str, call: Callable[[], Any]) -> Any:
-    again = retry_if_exception(may_pass)
-    attempts = Retrying(stop=stop_after_attempt(ATTEMPTS), wait=_WAIT, retry=again, reraise=True)
     try:
-        return attempts(call)
-    except FileNotFoundError:
-        raise DataError(f"{what}: not there; give the URL of a folder written by `hydra-scale prepare`") from None
+        return retried(call)
+    except FileNotFoundError as error:
+        found = "no such bucket" if no_bucket(error) else "not there"
+        raise DataError(f"{what}: {found}; give the URL of a folder written by `hydra-scale prepare`") from None
     except Exception as error:
-        reason = str(error) or type(error).__name__
-        raise EnvironmentFault(f"{what}: cannot be fetched after {ATTEMPTS} attempts: {reason}; try again") from error
+        raise EnvironmentFault(f"{what}: cannot be fetched {why(error)}") from error
 
 
 def _make_room(cache: Path, folder: Path, missing: list[tuple[str, FileEntry]], limit_gb: float, address: str) -> None:
@@ -164,6 +161,3 @@ def size_of(folder: Path) -> int:
 
 def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale" / "data"
-
-
-_WAIT = wait_exponential_jitter(initial=1, max=30)

@@ -3,20 +3,19 @@
 import hashlib
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from hydra_scale.config import DataConfig
 from hydra_scale.data.arriving import ArrivingShards
-from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest, read_manifest
+from hydra_scale.data.manifest import read_manifest
 from hydra_scale.data.mixture import Mixture
 from hydra_scale.data.order import Pieces, SequenceOrder, ShardGroups
 from hydra_scale.data.ranges import ranges
 from hydra_scale.data.remote import arrives, localised
 from hydra_scale.data.shards import Split, TokenStore
-from hydra_scale.data.tokenizer import Tokenizer
+from hydra_scale.data.tokenizer import tokenizer_of
 from hydra_scale.errors import DataError
 
 SetAside = Mapping[str, Collection[str]]
@@ -44,7 +43,7 @@ class PreparedSplit:
         self.folder = folder = localised(address, config)
         in_parts = arrives(address, config)
         manifest = read_manifest(folder, files_too=not in_parts, without=without)
-        self.tokenizer = _tokenizer_of(folder, manifest)
+        self.tokenizer = tokenizer_of(folder, manifest)
         self._arriving = ArrivingShards(address, folder, config) if in_parts and split == "train" else None
         self.store = TokenStore(
             folder,
@@ -148,13 +147,3 @@ class MixedSplits:
 
 def _joined(parts: list[Pieces]) -> Pieces:
     return Pieces(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def _tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
-    if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer.sha256, manifest.tokenizer.vocab_size):
-        raise DataError(
-            f"{folder / TOKENIZER_FOLDER}: {tokenizer.kind} tokenizer {tokenizer.sha256[:12]}, the manifest says"
-            f" {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]}; copy the folder again"
-        )
-    return tokenizer

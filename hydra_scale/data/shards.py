@@ -1,34 +1,29 @@
-"""Token shards: a plain tar (ustar) of blocks of documents, written in one pass, read by memory map and offset.
+"""Token shards: a plain tar (ustar) of blocks of documents, read by memory map and offset.
 
-A sample of a shard is a block of whole documents, two members with the same key:
+A sample of a shard is a block of whole documents, members with the same key:
 
     train-000003-00017.tokens.npy     uint16 or uint32 (tokens of the block,)
     train-000003-00017.lengths.npy    uint32 (documents of the block,), tokens of each
+    train-000003-00017.labels.npy     int32 (documents of the block,), class of each, if they have one
 
-so `tar` lists it and webdataset decodes it without this package. Headers carry no time, owner or machine: the same
-documents give the same bytes. Reading uses the offsets of the manifest and never walks the tar.
+so `tar` lists it and webdataset decodes it without this package. Reading uses the offsets of the manifest and never
+walks the tar; `hydra_scale.data.shard_writer` writes it.
 """
 
 import hashlib
-import io
 import mmap
-import tarfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
 from hydra_scale.data.manifest import (
-    COUNTS,
+    LABELS,
     LENGTHS,
-    Block,
     FileEntry,
     Manifest,
-    ShardEntry,
-    SplitEntry,
     check_sha256,
     no_tar,
     sha256_file,
@@ -39,139 +34,7 @@ from hydra_scale.errors import DataError
 
 Split = Literal["train", "eval"]
 
-_RECORD = 512  # bytes of a tar header, and what every member is padded to
-_END_OF_TAR = bytes(2 * _RECORD)
 _GROUP = 32  # documents: memory takes 8 bytes for each group of them
-
-
-class ShardWriter:
-    """Writes the documents of one split: shards, lengths.npy and counts.npy. Use as a context manager.
-
-    Args:
-        folder: of the split; created.
-        key: first part of the sample keys.
-        vocab_size: ids are below it; decides between uint16 and uint32.
-        shard_bytes: a shard is closed once it holds at least this many bytes.
-        block_bytes: a block is closed once its tokens take at least this many bytes.
-
-    After the `with` block `entry` describes the split.
-    """
-
-    def __init__(
-        self, folder: Path, key: str, vocab_size: int, shard_bytes: int = 1 << 28, block_bytes: int = 1 << 18
-    ) -> None:
-        folder.mkdir(parents=True)
-        self._folder, self._key, self._vocab_size = folder, key, vocab_size
-        self._shard_bytes, self._block_bytes = shard_bytes, block_bytes
-        self._dtype = token_dtype(vocab_size)
-        self._pending: list[np.ndarray] = []
-        self._pending_tokens = 0
-        self._shard: _OpenShard | None = None
-        self._shards: list[ShardEntry] = []
-        self._lengths: list[np.ndarray] = []
-        self._counts = np.zeros(vocab_size, np.int64)
-        self._entry: SplitEntry | None = None
-
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self._finish()
-        elif self._shard:
-            self._shard.stream.close()
-
-    @property
-    def entry(self) -> SplitEntry:
-        """What the manifest says of the split."""
-        if self._entry is None:
-            raise RuntimeError("the split is still being written")
-        return self._entry
-
-    @property
-    def counts(self) -> np.ndarray:
-        """Occurrences of each token id in the blocks written so far, int64 (vocab_size,)."""
-        return self._counts
-
-    def add(self, documents: Sequence[np.ndarray]) -> None:
-        """Append documents, each a non-empty array of token ids."""
-        for document in documents:
-            self._pending.append(document)
-            self._pending_tokens += len(document)
-            if self._pending_tokens * self._dtype.itemsize >= self._block_bytes:
-                self._write_block()
-
-    def _write_block(self) -> None:
-        lengths = np.array([len(document) for document in self._pending], "<u4")
-        ids = np.concatenate(self._pending)
-        if not lengths.all():
-            raise ValueError("a document without tokens cannot be stored")
-        if ids.max() >= self._vocab_size:
-            raise ValueError(f"token id {ids.max()} is not below the vocabulary size {self._vocab_size}")
-        if self._shard is None:
-            self._shard = _OpenShard(self._folder, self._key, len(self._shards))
-        self._shard.write(ids.astype(self._dtype), lengths)
-        self._lengths.append(lengths)
-        self._counts += np.bincount(ids, minlength=self._vocab_size)
-        self._pending, self._pending_tokens = [], 0
-        if self._shard.size >= self._shard_bytes:
-            self._close_shard()
-
-    def _close_shard(self) -> None:
-        if self._shard:
-            self._shards.append(self._shard.close())
-            self._shard = None
-
-    def _finish(self) -> None:
-        if self._pending:
-            self._write_block()
-        self._close_shard()
-        lengths = np.concatenate([np.zeros(0, "<u4"), *self._lengths])
-        self._entry = SplitEntry(
-            documents=len(lengths),
-            tokens=int(lengths.sum(dtype=np.int64)),
-            lengths=save_array(self._folder / LENGTHS, lengths),
-            counts=save_array(self._folder / COUNTS, self._counts.astype("<i8")),
-            shards=tuple(self._shards),
-        )
-
-
-class _OpenShard:
-    """A shard that is being written: every byte goes to the file and into the hash."""
-
-    def __init__(self, folder: Path, key: str, number: int) -> None:
-        self.name = f"shard-{number:06d}.tar"
-        self.stream: BinaryIO = (folder / self.name).open("xb")
-        self.size = 0
-        self._key = f"{key}-{number:06d}"
-        self._hash = hashlib.sha256()
-        self._blocks: list[Block] = []
-
-    def write(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        key = f"{self._key}-{len(self._blocks):05d}"
-        content = _npy(tokens)
-        offset = self.size + _RECORD + len(content) - tokens.nbytes
-        self._blocks.append(Block(offset, len(lengths), len(tokens)))
-        self._append(_member(f"{key}.tokens.npy", content) + _member(f"{key}.lengths.npy", _npy(lengths)))
-
-    def close(self) -> ShardEntry:
-        self._append(_END_OF_TAR)
-        self.stream.close()
-        return ShardEntry(
-            name=self.name,
-            bytes=self.size,
-            sha256=self._hash.hexdigest(),
-            documents=sum(block.documents for block in self._blocks),
-            tokens=sum(block.tokens for block in self._blocks),
-            blocks=tuple(self._blocks),
-        )
-
-    def _append(self, content: bytes) -> None:
-        self.stream.write(content)
-        self._hash.update(content)
-        self.size += len(content)
 
 
 class TokenStore:
@@ -235,9 +98,13 @@ class TokenStore:
         begins, sizes = np.array([(b.offset // self._dtype.itemsize, b.tokens) for b in entry.blocks]).T
         return tokens[ranges(begins, sizes)]
 
+    def documents_of(self, number: int) -> slice:
+        """The documents of a shard, by number."""
+        return slice(int(self._shard_documents[number]), int(self._shard_documents[number + 1]))
+
     def lengths_of(self, number: int) -> np.ndarray:
         """Tokens of each document of a shard, uint32."""
-        return np.array(self.lengths[self._shard_documents[number] : self._shard_documents[number + 1]])
+        return np.array(self.lengths[self.documents_of(number)])
 
     def gather(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
         """Tokens starts[i]:stops[i] of each documents[i], laid end to end.
@@ -320,8 +187,8 @@ class TokenStore:
         check_sha256(path, hashlib.sha256(mapping).hexdigest(), entry.sha256)
         if entry.bytes % self._dtype.itemsize:
             raise DataError(
-                f"{path}: {entry.bytes:,} bytes, which {self._dtype.itemsize} of a {self._dtype.name} do not divide;"
-                " it is no shard of this manifest: prepare the folder again"
+                f"{path}: {no_tar(path)}{entry.bytes:,} bytes, which {self._dtype.itemsize} of a {self._dtype.name}"
+                " do not divide; it is no shard of this manifest: prepare the folder again"
             )
         return mapping, np.frombuffer(mapping, self._dtype)
 
@@ -373,28 +240,32 @@ def token_counts(folder: Path, manifest: Manifest, split: Split) -> np.ndarray:
     return _checked_array(folder / split, split_entry(folder, manifest, split).counts)
 
 
+def document_labels(folder: Path, manifest: Manifest, split: Split) -> np.ndarray | None:
+    """Class of each document of a split of a prepared folder, int32 (documents,); None if they have none.
+
+    Raises:
+        DataError: the split is absent, the file is not that of the manifest, or a label is none of its classes.
+    """
+    entry = split_entry(folder, manifest, split)
+    if entry.labels is None or manifest.classes is None:
+        return None
+    labels, path = _checked_array(folder / split, entry.labels), folder / split / LABELS
+    if labels.dtype != np.int32 or labels.shape != (entry.documents,):
+        raise DataError(
+            f"{path}: {labels.dtype} {labels.shape}, expected int32 ({entry.documents},); prepare the folder again"
+        )
+    strange = np.flatnonzero((labels < 0) | (labels >= len(manifest.classes)))
+    if len(strange):
+        raise DataError(
+            f"{path}: document {strange[0]} has label {labels[strange[0]]}, the manifest has {len(manifest.classes)}"
+            " classes; prepare the folder again"
+        )
+    return labels
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """The narrowest type of the format that holds every id, little endian."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-
-
-def _member(name: str, content: bytes) -> bytes:
-    """A tar member: header without time or owner, content, filling."""
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    return info.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % _RECORD)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, array, version=(1, 0), allow_pickle=False)
-    return buffer.getvalue()
-
-
-def save_array(path: Path, array: np.ndarray) -> FileEntry:
-    """Write a .npy file."""
-    path.write_bytes(_npy(array))
-    return FileEntry(name=path.name, bytes=path.stat().st_size, sha256=sha256_file(path))
 
 
 def _checked_array(folder: Path, entry: FileEntry) -> np.ndarray:

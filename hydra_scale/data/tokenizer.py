@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import sentencepiece
 
+from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest
 from hydra_scale.errors import DataError
 
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(5)
@@ -117,7 +118,7 @@ class Tokenizer(ABC):
             kind, version = values["kind"], values["version"]
         except OSError:
             raise DataError(f"{path}: no such file; give a tokenizer folder that `hydra-scale prepare` wrote") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise DataError(f"{path}: not the description of a tokenizer; copy the folder again") from None
         if version != _VERSION or kind not in KINDS:
             raise DataError(
@@ -381,3 +382,18 @@ def normalise_text(text: str) -> str:
 
 def _framed(body: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array([CLS_ID], np.uint32), body, np.array([SEP_ID], np.uint32)])
+
+
+def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
+    """The tokenizer of a prepared folder.
+
+    Raises:
+        DataError: it is missing, damaged, or not the one that the manifest names.
+    """
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
+    if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer.sha256, manifest.tokenizer.vocab_size):
+        raise DataError(
+            f"{folder / TOKENIZER_FOLDER}: {tokenizer.kind} tokenizer {tokenizer.sha256[:12]}, the manifest says"
+            f" {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]}; copy the folder again"
+        )
+    return tokenizer

@@ -13,8 +13,8 @@ from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import joined
 
 
-def evaluate_run(run_dir: Path, data: Path, sequences: int | None = None) -> MaskedLmScore:
-    """Score the newest whole checkpoint of a run on the eval split of a prepared folder.
+def evaluate_run(run_dir: Path, data: str, sequences: int | None = None) -> MaskedLmScore:
+    """Score the newest whole checkpoint of a run on the eval split of a prepared folder, or of one behind a URL.
 
     Raises:
         CheckpointError: no whole checkpoint in `run_dir`.
@@ -36,10 +36,10 @@ def evaluate_run(run_dir: Path, data: Path, sequences: int | None = None) -> Mas
         return evaluate(score, held_out, config, topology)
 
 
-def _with_evaluation(config: Config, data: Path, sequences: int | None) -> Config:
-    if not data.is_dir():
+def _with_evaluation(config: Config, data: str, sequences: int | None) -> Config:
+    if "://" not in data and not Path(data).is_dir():
         raise DataError(f"{data}: not a folder; give --data a folder written by `hydra-scale prepare`")
-    changes = {"data": config.data.model_copy(update={"eval": str(data)})}
+    changes = {"data": config.data.model_copy(update={"eval": data})}
     if sequences is not None:
         changes["evaluation"] = config.evaluation.model_copy(update={"sequences": sequences})  # type: ignore[assignment]
     return config.model_copy(update=changes)

@@ -12,11 +12,12 @@ from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.save import Saver
 from hydra_scale.checkpoint.upload import RemoteCheckpoints
 from hydra_scale.config import Config
-from hydra_scale.data.skipping import Skipped
+from hydra_scale.data.skipping import Skipped, batch_of
 from hydra_scale.errors import CheckpointError, HydraScaleError, NumericsFault, WeightsDiffer
 from hydra_scale.parallel.zero import ZeroOptimizer
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import Topology
+from hydra_scale.training.changed_data import check_same_data
 from hydra_scale.training.rewinding import Rewind, Rewinds
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ class Start(NamedTuple):
     numerics: dict[str, Any]
     """State of the guard."""
     skipped: Skipped
+    data_begins: int
+    """Batches before the first one of the present data."""
 
 
 class Checkpointing:
@@ -44,6 +47,7 @@ class Checkpointing:
         self, run: RunFolder, optimizer: ZeroOptimizer, config: Config, topology: Topology, data_fingerprint: str
     ) -> None:
         self._run, self._optimizer, self._config, self._topology = run, optimizer, config.checkpoint, topology
+        self._accept_change, self._data_begins = config.data.accept_change, 0
         self._rewinds = Rewinds(run, config)
         self._skipped: Skipped = ()
         self._data_fingerprint, self._asynchronous = data_fingerprint, config.checkpoint.asynchronous
@@ -78,14 +82,15 @@ class Checkpointing:
         if folder is None:
             log.info("%s: no checkpoint yet, starting at step 0", self._run.path)
             self._optimizer.check_slices()
-            return Start(0, 0, {}, self._skipped)
+            self._data_begins = 0
+            return Start(0, 0, {}, self._skipped, 0)
         with CheckpointReader(folder) as reader:
             state = reader.manifest.state
+            check_same_data(folder, state["data"], self._data_fingerprint, self._accept_change)
+            self._data_begins = state.get("data_begins", 0)
             if state["data"] != self._data_fingerprint:
-                raise CheckpointError(
-                    f"{folder}: was trained on data with fingerprint {state['data'][:16]}, data.train now has"
-                    f" {self._data_fingerprint[:16]}; give the same prepared folder, or start another run"
-                )
+                self._data_begins = batch_of(reader.manifest.step, self._skipped)
+                log.warning("%s: was trained on other data; what data.train has now begins here", folder)
             reader.check_names(parameter_names)
             reader.check_moments()
             numerics = state.get("numerics", {})
@@ -94,7 +99,7 @@ class Checkpointing:
         self._optimizer.finish_load()
         self._optimizer.check_slices()
         log.info("continuing from %s", folder)
-        return Start(reader.manifest.step, state["tokens"], numerics, self._skipped)
+        return Start(reader.manifest.step, state["tokens"], numerics, self._skipped, self._data_begins)
 
     def save(
         self, step: int, tokens: int, numerics: dict[str, Any], may_publish: Callable[[], None], *, wait: bool
@@ -111,6 +116,7 @@ class Checkpointing:
         published = self._published_or_told(self._saver.finish)
         state: dict[str, Any] = {
             "tokens": tokens, "data": self._data_fingerprint, "numerics": numerics, "skipped_batches": self._skipped,
+            "data_begins": self._data_begins,
         }  # fmt: skip
         self._saver.begin(self._run.checkpoints.at(step), step, self._optimizer.local_slices(), state, may_publish)
         if wait:

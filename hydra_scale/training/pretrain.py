@@ -23,6 +23,7 @@ from hydra_scale.run_folder import RunFolder
 from hydra_scale.topology import ProcessEnvironment, Topology, check_layout, joined
 from hydra_scale.training.agreement import agree
 from hydra_scale.training.assembly import assembled
+from hydra_scale.training.changed_data import check_data
 from hydra_scale.training.checkpointing import Checkpointing, on_main_rank
 from hydra_scale.training.guard import NumericsGuard
 from hydra_scale.training.quarantine import quarantine
@@ -74,6 +75,7 @@ def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotic
     held_out = EvaluationData(config.data, data.tokenizer, broken.without)
     agree(f"{config.data.train}: hash of its manifest", data.fingerprint, "give all nodes the same prepared folder")
     vocab_size = vocab_size_for(config, data.tokenizer.vocab_size)
+    on_main_rank(lambda: check_data(run, data, config.data.accept_change))
     on_main_rank(lambda: run.prepare(config, data.tokenizer_folder))
     with logged_to(run.log_file, topology.is_main):
         if config.data.quarantine:
@@ -110,7 +112,8 @@ def _loop(
     times = ComputeTimes(optimizer.computing, topology, config.watchdog, config.monitor.console_every)
     names = names_of_all_stages(model, topology)
     checkpointing = Checkpointing(run, optimizer, config, topology, data.fingerprint)
-    first_step, tokens, numerics, skipped = checkpointing.restore(names)
+    first_step, tokens, numerics, skipped, data_begins = checkpointing.restore(names)
+    data.begin_at(data_begins)
     guard = NumericsGuard(model, config, topology, numerics)
     on_main_rank(lambda: run.rewind_logs(first_step))
     if first_step >= config.training.steps:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from figures import Figures
 from ranks import run_ranks
-from runs import assert_same_run, before_call, rows, train
+from runs import assert_same_run, before_call, ledger, rows, train
 
 from hydra_data_prep.prepare import PrepareOptions, prepare
 from hydra_scale.errors import DataError
@@ -137,6 +137,33 @@ def test_the_newest_is_told_by_its_step_and_never_by_time(corpus: Path, tmp_path
     figures(33, "times of checkpoints an hour off, either way", lost_steps=1)
 
 
+def test_other_data_are_accepted_where_that_is_said(shard: Path, prose: Path, tmp_path: Path) -> None:
+    """From the checkpoint on the run's batches are the first ones of the new data, also after it died once more and
+    with the setting gone again."""
+    from hydra_data_prep.prepare import PrepareOptions, prepare
+
+    new, other, run = tmp_path / "new", tmp_path / "other", tmp_path / "run"
+    for folder, tokenizer in ((new, "bytes"), (other, "nucleotides")):
+        prepare(PrepareOptions(source="text", input=(prose,), output=folder, tokenizer=tokenizer, eval_fraction=0.2))
+    old, changed, strange = ([f"data.train={folder}", *SETTINGS] for folder in (shard.parents[1], new, other))
+    with pytest.raises(AssertionError, match="the machine is gone"):
+        run_ranks(1, train_until_call, 6, run, old)
+    with pytest.raises(AssertionError, match="set data.accept_change=true to go on with the new data"):
+        run_ranks(1, train, run, changed)
+    with pytest.raises(
+        AssertionError, match="tokenizer: the run has the bytes tokenizer .*, data.train now nucleotides"
+    ):
+        run_ranks(1, train, run, [*strange, "data.accept_change=true"])
+    with pytest.raises(AssertionError, match="the machine is gone"):
+        run_ranks(1, train_until_call, 6, run, [*changed, "data.accept_change=true"])
+    run_ranks(1, train, run, changed)
+    assert [row["step"] for row in ledger(run)] == list(range(1, STEPS + 1))
+    run_ranks(1, train, tmp_path / "fresh", changed)
+    batches = [row["documents"] for row in ledger(run)]
+    assert batches[4:] == [row["documents"] for row in ledger(tmp_path / "fresh")][: STEPS - 4]
+    assert len(set(batches)) == STEPS
+
+
 def train_and_count(run: Path, overrides: list[str]) -> int:
     """`train`; returns how many steps it took."""
     from hydra_scale.training import pretrain
@@ -155,10 +182,15 @@ def train_and_count(run: Path, overrides: list[str]) -> int:
 
 def train_to_step_10(run: Path, overrides: list[str]) -> None:
     """Step 9 is done, the save of step 8 too."""
+    train_until_call(10, run, overrides)
+
+
+def train_until_call(count: int, run: Path, overrides: list[str]) -> None:
+    """`train`, which dies when it has called `train_step` so often."""
     from hydra_scale.training import pretrain
 
     def fail() -> None:
         raise RuntimeError("the machine is gone")
 
-    pretrain.train_step = before_call(pretrain.train_step, 10, fail)
+    pretrain.train_step = before_call(pretrain.train_step, count, fail)
     train(run, [*overrides, "checkpoint.asynchronous=false"])

@@ -54,7 +54,7 @@ def test_text_to_filled_mask_by_the_commands_of_the_readme(prose: Path, tmp_path
     assert prepared.returncode == 0, prepared.stderr
     assert "documents" in prepared.stdout
     assert run("verify", data).returncode == 0
-    trained = pretrain(folder, f"data.train={data}", "training.steps=6")
+    trained = pretrain(folder, f"data.train={data}", f"data.cache={tmp_path / 'cache'}", "training.steps=6")
     assert trained.returncode == 0, trained.stderr
     assert {"config.yaml", "metrics.jsonl", "ledger.jsonl", "train.log", "tensorboard", "checkpoints"} <= {
         entry.name for entry in folder.iterdir()
@@ -67,6 +67,7 @@ def test_text_to_filled_mask_by_the_commands_of_the_readme(prose: Path, tmp_path
     assert "[MASK]" in run("fill-mask", model, "so [MASK] it").stdout
     whole = run("evaluate", "--run-dir", folder, "--data", data)
     assert f"{last['eval/loss']:.4f}" in whole.stdout  # what training logged is what evaluation finds
+    assert run("evaluate", "--run-dir", folder, "--data", f"file://{data}").stdout == whole.stdout
 
 
 def test_bad_settings(tmp_path: Path, corpus: Path) -> None:
@@ -165,8 +166,14 @@ def test_data_that_changed_under_a_run(tmp_path: Path, corpus: Path, prose: Path
         "--eval-fraction",
         0.2,
     )
+    before = {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent != folder / "watch"
+    }
     message = error(pretrain(folder, f"data.train={other}", "training.steps=10"), 4)
-    assert "was trained on data with fingerprint" in message
+    assert "was trained on data with fingerprint" in message and "or set data.accept_change=true to go on" in message
+    assert all(
+        path.read_bytes() == content for path, content in before.items()
+    )  # a start that is refused changes nothing
 
 
 def test_srun_without_rendezvous_is_refused(tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

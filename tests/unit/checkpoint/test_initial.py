@@ -153,7 +153,7 @@ def test_weights_alone_are_those_of_the_run_in_a_third_of_the_space(light: Path)
 def evaluated(run: Path, data: Path) -> float:
     from hydra_scale.evaluation.run import evaluate_run
 
-    return evaluate_run(run, data).loss
+    return evaluate_run(run, str(data)).loss
 
 
 def test_weights_alone_are_evaluated_converted_and_started_from(light: Path, corpus: Path, tmp_path: Path) -> None:

@@ -6,14 +6,17 @@ import pytest
 from made_up import Documents, WriteFolder, made_up_text, random_documents
 
 from hydra_data_prep.train_tokenizer import train_sentencepiece
-from hydra_scale.data.manifest import Manifest, TokenizerEntry
-from hydra_scale.data.shards import ShardWriter, Split, token_dtype
+from hydra_scale.data.manifest import LABELLED, PLAIN, Manifest, TokenizerEntry
+from hydra_scale.data.shard_writer import ShardWriter
+from hydra_scale.data.shards import Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, BytesTokenizer, SentencePieceTokenizer, Tokenizer
 
 
 @pytest.fixture
 def write_folder(tmp_path: Path) -> WriteFolder:
-    """write_folder(train, held_out, tokenizer=..., name=..., shard_bytes=..., block_bytes=...) -> folder."""
+    """write_folder(train, held_out, tokenizer=..., name=..., shard_bytes=..., block_bytes=..., classes=...) -> folder.
+
+    With `classes` document i of a split is of class i modulo their number."""
 
     def write(
         train: Documents,
@@ -23,16 +26,20 @@ def write_folder(tmp_path: Path) -> WriteFolder:
         name: str = "data",
         shard_bytes: int = 6000,
         block_bytes: int = 400,
+        classes: tuple[str, ...] | None = None,
     ) -> Path:
         folder, tokenizer = tmp_path / name, tokenizer or BytesTokenizer()
         entries = {}
         splits: dict[Split, Documents] = {"train": train} | ({"eval": held_out} if held_out else {})
         for split, documents in splits.items():
-            with ShardWriter(folder / split, split, tokenizer.vocab_size, shard_bytes, block_bytes) as writer:
-                writer.add(documents)
+            sizes, labelled = (shard_bytes, block_bytes), classes is not None
+            with ShardWriter(folder / split, split, tokenizer.vocab_size, *sizes, labelled=labelled) as writer:
+                writer.add(documents, [i % len(classes) for i in range(len(documents))] if classes else [])
             entries[split] = writer.entry
         tokenizer.save(folder / "tokenizer")
         Manifest(
+            version=LABELLED if classes else PLAIN,
+            classes=classes,
             tokenizer=TokenizerEntry(
                 kind=tokenizer.kind,
                 sha256=tokenizer.sha256,

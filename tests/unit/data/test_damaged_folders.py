@@ -1,7 +1,6 @@
 """Whatever happens to a prepared folder, the answer is a DataError that names the file, or the right tokens."""
 
 import hashlib
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from figures import Figures
+from foreign import SHARD, resign
 from made_up import WriteFolder, random_documents
 
 from hydra_data_prep.verify import verify
@@ -20,7 +20,6 @@ from hydra_scale.data.shards import TokenStore
 from hydra_scale.data.tokenizer import NucleotidesTokenizer
 from hydra_scale.errors import DataError
 
-SHARD = "train/shard-000001.tar"
 Damage = Callable[[Path], object]
 
 
@@ -150,18 +149,6 @@ def test_a_thousand_damages_of_a_shard_are_never_silent(kind: str, write_folder:
     figures(22, f"{what}: named before it is trained on", times=1000)
 
 
-def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object], rehash: bool = True) -> None:
-    values = json.loads((folder / "manifest.json").read_text())
-    del values["sha256"]
-    before = _digest(values)
-    change(values)
-    (folder / "manifest.json").write_text(json.dumps({"sha256": _digest(values) if rehash else before} | values))
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
 def _rename_shard(name: str) -> Callable[[dict[str, Any]], object]:
     return lambda values: values["splits"]["train"]["shards"][1].update(name=name)
 
@@ -179,7 +166,7 @@ def _list_twice(values: dict[str, Any]) -> None:
         (_rename_shard("pipe:cat shard.tar"), "'pipe:cat shard.tar' is refused"),
         (_rename_shard("shard-000001.pkl"), "is refused"),
         (_list_twice, "shards 0 and 2 of the list have the same name"),
-        (lambda values: values.update(version=3), "found schema version 3, this program reads 1; update"),
+        (lambda values: values.update(version=3), "found schema version 3, this program reads 1 and 2; update"),
         (lambda values: values.update(version="1"), "found schema version 1"),
         (lambda values: values.update(surprise=1), "surprise"),
         (lambda values: values["splits"]["train"].update(tokens=7), "the split says"),
@@ -190,13 +177,13 @@ def _list_twice(values: dict[str, Any]) -> None:
 )
 def test_refused_manifest(change: Callable[[dict[str, Any]], object], message: str, write_folder: WriteFolder) -> None:
     folder = write_folder(random_documents(150))
-    edit_manifest(folder, change)
+    resign(folder, change)
     assert_named(folder, "manifest.json", message)
 
 
 def test_edited_manifest(write_folder: WriteFolder) -> None:
     folder = write_folder(random_documents(150))
-    edit_manifest(folder, lambda values: values["tokenizer"].update(vocab_size=300), rehash=False)
+    resign(folder, lambda values: values["tokenizer"].update(vocab_size=300), rehash=False)
     assert_named(folder, "manifest.json", "the manifest was altered")
 
 
@@ -219,7 +206,7 @@ def test_token_outside_the_vocabulary(write_folder: WriteFolder) -> None:
     documents = random_documents(150, vocab_size=200)
     documents[70][2:4] = 250
     folder = write_folder(documents)
-    edit_manifest(folder, lambda values: values["tokenizer"].update(vocab_size=250))
+    resign(folder, lambda values: values["tokenizer"].update(vocab_size=250))
     shards = read_manifest(folder).splits["train"].shards
     ends = np.cumsum([shard.documents for shard in shards])
     name = shards[int(np.searchsorted(ends, 70, side="right"))].name
@@ -234,7 +221,7 @@ def test_lengths_that_contradict_the_blocks(write_folder: WriteFolder) -> None:
     lengths[3], lengths[140] = lengths[3] + 1, lengths[140] - 1
     np.save(path, lengths)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    edit_manifest(folder, lambda values: values["splits"]["train"]["lengths"].update(sha256=digest))
+    resign(folder, lambda values: values["splits"]["train"]["lengths"].update(sha256=digest))
     assert_named(folder, "train/lengths.npy", "contradict")
 
 

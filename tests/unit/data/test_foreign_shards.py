@@ -3,14 +3,13 @@
 import gzip
 import hashlib
 import io
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from foreign import SHARD, Members, adopt, npy, resign, rewritten
 from made_up import WriteFolder, random_documents
 
 from hydra_data_prep.assemble import join
@@ -20,40 +19,6 @@ from hydra_scale.data.loader import TrainingData
 from hydra_scale.data.manifest import read_manifest
 from hydra_scale.data.shards import TokenStore
 from hydra_scale.errors import DataError
-
-SHARD = "train/shard-000001.tar"
-Members = list[tuple[str, bytes]]
-
-
-def adopt(folder: Path, content: bytes, change: Callable[[dict[str, Any]], object] = lambda values: None) -> None:
-    """Put a shard in and make the manifest agree with it."""
-    (folder / SHARD).write_bytes(content)
-    values = json.loads((folder / "manifest.json").read_text())
-    del values["sha256"]
-    entry = values["splits"]["train"]["shards"][1]
-    entry.update(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    change(values)
-    canonical = json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
-    (folder / "manifest.json").write_text(json.dumps({"sha256": hashlib.sha256(canonical).hexdigest()} | values))
-
-
-def rewritten(folder: Path, change: Callable[[Members], Members]) -> bytes:
-    """The tar of the shard with its members changed."""
-    with tarfile.open(folder / SHARD) as archive:
-        members = [(m.name, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for name, content in change(members):
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            archive.addfile(info, io.BytesIO(content))
-    return stream.getvalue()
-
-
-def npy(array: np.ndarray) -> bytes:
-    stream = io.BytesIO()
-    np.save(stream, array)
-    return stream.getvalue()
 
 
 def as_signed(members: Members) -> Members:
@@ -87,12 +52,59 @@ def test_samples_that_are_not_blocks(
         verify(folder)
 
 
+REFUSED = "is refused, nothing of it was read; a shard holds KEY.tokens.npy, KEY.lengths.npy, KEY.labels.npy and"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: [*m, ("../../evil.tokens.npy", b"1234")], rf"member '\.\./\.\./evil\.tokens\.npy' {REFUSED}"),
+        (lambda m: [("/etc/evil.tokens.npy", m[0][1]), *m[1:]], f"member '/etc/evil.tokens.npy' {REFUSED}"),
+        (lambda m: [*m, ("link train-000001-00099.tokens.npy", b"")], f"no plain file, {REFUSED}"),
+        (lambda m: [(m[0][0].replace(".npy", ".pkl"), b"cos\nsystem\n"), *m[1:]], rf"00000\.tokens\.pkl' {REFUSED}"),
+        (lambda m: [*m, ("train-000001-00000.pyd", b"MZ")], rf"00000\.pyd' {REFUSED}"),
+        (lambda m: [], "0 samples, expected [0-9]+; prepare"),
+    ],
+    ids=["up", "absolute", "link", "pickle", "library", "empty"],
+)
+def test_members_that_no_shard_holds(
+    change: Callable[[Members], Members], message: str, write_folder: WriteFolder
+) -> None:
+    folder = write_folder(random_documents(150))
+    adopt(folder, rewritten(folder, change))
+    with pytest.raises(DataError, match=rf"shard-000001\.tar: .*{message}"):
+        verify(folder)
+
+
+def test_the_damaged_header_is_named(write_folder: WriteFolder) -> None:
+    """Of the second sample; where content is damaged instead, all headers are whole."""
+    folder = write_folder(random_documents(150))
+    content = (folder / SHARD).read_bytes()
+    with tarfile.open(folder / SHARD) as archive:
+        place = archive.getmembers()[2].offset
+    for byte, message in ((place + 3, rf"the header at byte {place:,} is damaged, sha256"), (700, r"\.tar: sha256")):
+        (folder / SHARD).write_bytes(content[:byte] + bytes([content[byte] ^ 1]) + content[byte + 1 :])
+        with pytest.raises(DataError, match=message):
+            verify(folder)
+
+
+def test_the_tokenizer_of_the_manifest_is_named(write_folder: WriteFolder) -> None:
+    folder = write_folder(random_documents(150))
+    resign(folder, lambda values: values["tokenizer"].update(kind="nucleotides", sha256="0" * 64))
+    for attempt in (lambda: verify(folder), lambda: TrainingData(DataConfig(train=str(folder)), 1)):
+        with pytest.raises(DataError, match=r"bytes tokenizer [0-9a-f]{12}, the manifest says nucleotides 0{12}; copy"):
+            attempt()
+
+
 def test_bytes_that_the_type_does_not_divide(write_folder: WriteFolder) -> None:
     folder = write_folder(random_documents(150))
     adopt(folder, (folder / SHARD).read_bytes() + b"\0")
     store = TokenStore(folder, read_manifest(folder), "train")
     with pytest.raises(DataError, match=r"shard-000001\.tar: .* bytes, which 2 of a uint16 do not divide; .*prepare"):
         store.gather(np.arange(150), np.zeros(150, np.int64), store.lengths)
+    adopt(folder, gzip.compress(bytes(300)).ljust(999))
+    with pytest.raises(DataError, match=r"shard-000001\.tar: not a tar archive, but gzip, 999 bytes, which 2 of"):
+        verify(folder)
 
 
 @pytest.mark.parametrize("same_size", [True, False])
@@ -128,7 +140,8 @@ def test_two_shards_of_one_content_are_both_named(write_folder: WriteFolder) -> 
     adopt(folder, first)
     with pytest.raises(
         DataError,
-        match=r"shards 0 and 1 .* have the same sha256 .*: shard-000000\.tar and shard-000001\.tar",
+        match=r"shards 0 and 1 .* have the same sha256 .*: shard-000000\.tar and shard-000001\.tar; to train on"
+        " it more often, list its folder again in data.train",
     ):
         read_manifest(folder)
 

@@ -133,6 +133,17 @@ def test_masks_change_from_epoch_to_epoch(write_folder: WriteFolder) -> None:
     assert len({tuple(batch.masked_positions.tolist()) for batch in batches}) == 4
 
 
+def test_data_that_begin_late_give_their_first_batches(folder: Path) -> None:
+    """As after a change of data, also where batches are skipped since."""
+    fresh, late = (TrainingData(config(folder), seed=3) for _ in range(2))
+    late.begin_at(7)
+    for step, skipped, first in ((7, (), 0), (9, (), 2), (9, ((8, 9),), 4), (9, ((1, 2),), 4)):
+        (one,) = late.micro_batches(step, 0, 1, GLOBAL, GLOBAL, skipped)
+        (other,) = fresh.micro_batches(first, 0, 1, GLOBAL, GLOBAL)
+        assert one.input_ids.equal(other.input_ids) and one.documents.equal(other.documents)
+    assert late.ledger_hash(9, GLOBAL) == fresh.ledger_hash(2, GLOBAL)
+
+
 def test_seed_changes_order_and_masks(folder: Path) -> None:
     one, other = (TrainingData(config(folder), seed).micro_batches(0, 0, 1, GLOBAL, GLOBAL)[0] for seed in (1, 2))
     assert one.documents.tolist() != other.documents.tolist()

@@ -101,6 +101,18 @@ def test_fingerprint_follows_folders_and_weights(folders: list[Path]) -> None:
     assert alone.fingerprint == fingerprint([0], [7])
 
 
+def test_a_folder_listed_twice_is_trained_on_twice_as_often(folders: list[Path]) -> None:
+    """What allows equal shards: each mention visits the documents in an order of its own."""
+    data = TrainingData(mixed([folders[0], folders[0], folders[1]], [1, 1, 1], packing=False), seed=3)
+    (batch,) = data.micro_batches(0, 0, 1, ROUND, ROUND)
+    first, second, other = (batch.documents[(batch.documents >= a) & (batch.documents < b)]
+                            for a, b in ((0, 40), (40, 80), (80, 140)))  # fmt: skip
+    assert abs(len(first) - ROUND // 3) <= 1 and len(first) + len(second) + len(other) == ROUND
+    for mention in (first, second - 40):
+        assert {int(n) for n in mention[:40]} == set(range(40))  # an epoch
+    assert not first[:40].equal(second[:40] - 40)
+
+
 def test_sources_of_different_tokenizers(folders: list[Path], write_folder: WriteFolder) -> None:
     other = write_folder(random_documents(9, vocab_size=10), tokenizer=NucleotidesTokenizer(), name="other")
     with pytest.raises(DataError, match=f"{other}: prepared with tokenizer nucleotides"):

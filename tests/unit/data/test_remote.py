@@ -1,5 +1,7 @@
-"""Data behind a URL, on fsspec's file system in memory: the same batches, retries, and a cache that keeps its size."""
+"""Data behind a URL, on fsspec's file system in memory and from an S3 server: the same batches, retries, and a cache
+that keeps its size."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -13,11 +15,11 @@ import pytest
 from filelock import FileLock, Timeout
 from fsspec.implementations.memory import MemoryFileSystem
 from made_up import WriteFolder, random_documents
+from s3_server import BUCKET, S3Server
 from tenacity import wait_none
 from waiting import wait_until
 
 from hydra_scale.config import DataConfig
-from hydra_scale.data import remote
 from hydra_scale.data.arriving import ArrivingShards
 from hydra_scale.data.loader import TrainingData
 from hydra_scale.data.remote import localised
@@ -54,19 +56,35 @@ class Flaky(MemoryFileSystem):
 @pytest.fixture(autouse=True)
 def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Flaky]]:
     fsspec.register_implementation("flaky", Flaky, clobber=True)
-    monkeypatch.setattr(remote, "_WAIT", wait_none())
+    monkeypatch.setattr("hydra_scale.remote._WAIT", wait_none())
     for name, value in (("store", {}), ("calls", {}), ("failures", 0), ("damaged", 0)):
         monkeypatch.setattr(Flaky, name, value)
     yield Flaky
     Flaky.clear_instance_cache()
 
 
-def uploaded(folder: Path, name: str = "bucket") -> str:
-    files = fsspec.filesystem("flaky")
+@pytest.fixture(params=["flaky", "s3"])
+def store(request: pytest.FixtureRequest, flaky: type[Flaky]) -> type[Flaky] | S3Server:
+    """What fails, damages and counts as it is told."""
+    return request.getfixturevalue("s3") if request.param == "s3" else flaky
+
+
+def uploaded(folder: Path, name: str = "data", store: type[Flaky] | S3Server = Flaky) -> str:
+    scheme = "flaky" if store is Flaky else "s3"
+    files = fsspec.filesystem(scheme)
     for path in folder.rglob("*"):
         if path.is_file():
-            files.pipe_file(f"/{name}/{path.relative_to(folder)}", path.read_bytes())
-    return f"flaky://{name}"
+            files.pipe_file(f"{BUCKET}/{name}/{path.relative_to(folder)}", path.read_bytes())
+    return f"{scheme}://{BUCKET}/{name}"
+
+
+def fetched(store: type[Flaky] | S3Server, suffixes: tuple[str, ...] = (".tar", ".npy")) -> dict[str, int]:
+    """How often each file of the manifest was asked for."""
+    return {name: count for name, count in store.calls.items() if name.endswith(suffixes)}
+
+
+def training_shards_fetched(store: type[Flaky] | S3Server) -> dict[str, int]:
+    return {name: count for name, count in fetched(store, (".tar",)).items() if "/train/" in name}
 
 
 def config(address: str | Path, tmp_path: Path, **options: Any) -> DataConfig:
@@ -75,20 +93,20 @@ def config(address: str | Path, tmp_path: Path, **options: Any) -> DataConfig:
 
 @pytest.mark.parametrize(("failures", "damaged"), [(0, 0), (3, 0), (0, 4)], ids=["sound", "hangs-up", "damages"])
 def test_same_batches_as_from_the_local_folder(
-    failures: int, damaged: int, flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+    failures: int, damaged: int, store: type[Flaky] | S3Server, write_folder: WriteFolder, tmp_path: Path
 ) -> None:
-    folder = write_folder(random_documents(150), random_documents(20, seed=1))
-    address = uploaded(folder)
-    flaky.failures, flaky.damaged = failures, damaged
+    folder = write_folder(random_documents(150), random_documents(20, seed=1), classes=("cat", "dog"))
+    address = uploaded(folder, store=store)
+    store.failures, store.damaged = failures, damaged
     there, here = (TrainingData(config(place, tmp_path), 3) for place in (address, folder))
     assert there.fingerprint == here.fingerprint
     for step in range(5):
         (a,), (b,) = (data.micro_batches(step, 0, 1, 8, 8) for data in (there, here))
         assert a.input_ids.equal(b.input_ids) and a.documents.equal(b.documents)
-    calls = dict(flaky.calls)
+    calls = fetched(store)
     assert set(calls.values()) == {1 + failures + damaged}
     TrainingData(config(address, tmp_path), 3)
-    assert flaky.calls == calls  # nothing is fetched twice
+    assert fetched(store) == calls  # nothing is fetched twice
 
 
 @pytest.mark.parametrize("failure", [ConnectionResetError, ServerError])
@@ -98,16 +116,16 @@ def test_gives_up_with_a_named_error(
     damaged: int,
     failure: type[Exception],
     monkeypatch: pytest.MonkeyPatch,
-    flaky: type[Flaky],
+    store: type[Flaky] | S3Server,
     write_folder: WriteFolder,
     tmp_path: Path,
 ) -> None:
-    address = uploaded(write_folder(random_documents(50)))
-    flaky.failures, flaky.damaged = failures, damaged
-    monkeypatch.setattr(flaky, "failure", failure)
-    with pytest.raises(EnvironmentFault, match=r"flaky://bucket/train/.*: cannot be fetched after 5 attempts"):
+    address = uploaded(write_folder(random_documents(50)), store=store)
+    store.failures, store.damaged = failures, damaged
+    monkeypatch.setattr(Flaky, "failure", failure)
+    with pytest.raises(EnvironmentFault, match=rf"{address}.*: cannot be fetched after 5 attempts: .*; try again"):
         localised(address, config(address, tmp_path))
-    flaky.failures = flaky.damaged = 0
+    store.failures = store.damaged = 0
     TrainingData(config(address, tmp_path), 3)
 
 
@@ -152,9 +170,9 @@ def test_a_changed_folder_is_fetched_anew(write_folder: WriteFolder, tmp_path: P
     assert len(set(places)) == 2
 
 
-def test_the_cache_keeps_its_size(write_folder: WriteFolder, tmp_path: Path) -> None:
+def test_the_cache_keeps_its_size(store: type[Flaky] | S3Server, write_folder: WriteFolder, tmp_path: Path) -> None:
     folders = [write_folder(random_documents(200, seed=i), name=str(i)) for i in range(3)]
-    addresses = [uploaded(folder, f"bucket{i}") for i, folder in enumerate(folders)]
+    addresses = [uploaded(folder, f"data{i}", store) for i, folder in enumerate(folders)]
     size = max(sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) for folder in folders)
     roomy, tight = (config("", tmp_path, cache_gb=n * size / 1e9) for n in (2.2, 0.5))
     first, second = (localised(address, roomy) for address in addresses[:2])
@@ -172,22 +190,22 @@ def in_ten_shards(write_folder: WriteFolder) -> Path:
 
 
 def test_shards_arrive_as_the_order_comes_to_them(
-    flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+    store: type[Flaky] | S3Server, write_folder: WriteFolder, tmp_path: Path
 ) -> None:
     """Over two epochs the batches of the local folder; the first one fetches two groups of two shards, no more."""
     folder = in_ten_shards(write_folder)
-    address = uploaded(folder)
+    address = uploaded(folder, store=store)
     there, here = (TrainingData(config(place, tmp_path, shuffle_shards=2), 3) for place in (address, folder))
     everything = TrainingData(config(folder, tmp_path), 3)
-    assert not [name for name in flaky.calls if name.endswith(".tar") and "train" in name]
+    assert not training_shards_fetched(store)
     steps = 2 * 400 * 30 // (48 * 8)
     for step in range(steps):
         (a,), (b,) = (data.micro_batches(step, 0, 1, 8, 8) for data in (there, here))
         assert a.input_ids.equal(b.input_ids) and a.documents.equal(b.documents)
         if step == 0:
-            assert 1 <= len([name for name in flaky.calls if name.endswith(".tar") and "train" in name]) <= 4
-    fetched = [name for name in flaky.calls if name.endswith(".tar") and "train" in name]
-    assert len(fetched) == len(list((folder / "train").glob("*.tar"))) and set(flaky.calls.values()) == {1}
+            assert 1 <= len(training_shards_fetched(store)) <= 4
+    assert len(training_shards_fetched(store)) == len(list((folder / "train").glob("*.tar")))
+    assert set(fetched(store).values()) == {1}
     assert not a.documents.equal(everything.micro_batches(steps - 1, 0, 1, 8, 8)[0].documents)
 
 
@@ -204,11 +222,11 @@ def bytes_held(cache: Path) -> int:
 
 @pytest.mark.parametrize("failures", [0, 2])
 def test_a_cache_smaller_than_the_data(
-    failures: int, flaky: type[Flaky], write_folder: WriteFolder, tmp_path: Path
+    failures: int, store: type[Flaky] | S3Server, write_folder: WriteFolder, tmp_path: Path
 ) -> None:
     """Shards that were used go, those that are needed again come back, and the limit holds after every batch."""
     folder = in_ten_shards(write_folder)
-    address, flaky.failures = uploaded(folder), failures
+    address, store.failures = uploaded(folder, store=store), failures
     shard = max(path.stat().st_size for path in (folder / "train").glob("*.tar"))
     rest = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.parent.name != "train")
     limit = rest + sum(path.stat().st_size for path in (folder / "train").glob("*.npy")) + 5 * shard
@@ -218,9 +236,9 @@ def test_a_cache_smaller_than_the_data(
         (a,), (b,) = (data.micro_batches(step, 0, 1, 8, 8) for data in (there, here))
         assert a.input_ids.equal(b.input_ids)
         assert bytes_held(tmp_path / "cache") <= limit
-    assert max(flaky.calls[name] for name in flaky.calls if name.endswith(".tar")) > 1 + failures
+    assert max(training_shards_fetched(store).values()) > 1 + failures
     tight = config(address, tmp_path, shuffle_shards=9, cache_gb=limit / 1e9)
-    with pytest.raises(DataError, match=r"flaky://bucket: the shards in use .* data.cache_gb.*data.shuffle_shards"):
+    with pytest.raises(DataError, match=rf"{address}: the shards in use .* data.cache_gb.*data.shuffle_shards"):
         TrainingData(tight, 3).micro_batches(0, 0, 1, 200, 200)
 
 
@@ -250,14 +268,53 @@ def is_locked(path: Path) -> bool:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("AWS_ACCESS_KEY_ID", None, "without other credentials: Unable to locate credentials; set those of the store"),
+        ("AWS_SECRET_ACCESS_KEY", None, "without other credentials: Partial credentials found"),
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9", "after 5 attempts: Could not connect to the endpoint"),
+    ],
+)
+def test_a_store_that_cannot_be_used(
+    name: str, value: str | None, message: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    if value:
+        monkeypatch.setenv(name, value)
+    else:
+        monkeypatch.delenv(name)
+    with pytest.raises(EnvironmentFault, match=f"s3://{BUCKET}/data: cannot be fetched {message}") as it:
+        localised(address := f"s3://{BUCKET}/data", config(address, tmp_path))
+    assert len(str(it.value).splitlines()) == 1
+
+
+def test_a_store_that_refuses_is_asked_once(
+    flaky: type[Flaky], monkeypatch: pytest.MonkeyPatch, write_folder: WriteFolder, tmp_path: Path
+) -> None:
+    address, flaky.failures = uploaded(write_folder(random_documents(50))), 5
+    monkeypatch.setattr(flaky, "failure", PermissionError)
+    with pytest.raises(EnvironmentFault, match="cannot be fetched without other credentials"):
+        localised(address, config(address, tmp_path))
+    assert set(fetched(flaky).values()) == {1}
+
+
+def test_without_s3fs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    with pytest.raises(EnvironmentFault, match=r"s3://data: .*; pip install 'hydra-scale\[s3\]'"):
+        localised("s3://data", config("s3://data", tmp_path))
+
+
+@pytest.mark.parametrize(
     ("address", "message"),
     [
         ("pipe:cat shard.tar", "pipe: is refused"),
         ("pipe://cat shard.tar", "pipe: is refused"),
         ("nonsense://bucket", "unknown scheme"),
         ("flaky://nowhere", "not there; give the URL of a folder"),
+        (f"s3://{BUCKET}/nowhere", f"s3://{BUCKET}/nowhere: not there; give the URL of a folder"),
+        ("s3://nowhere", "s3://nowhere: no such bucket; give the URL of a folder"),
     ],
 )
-def test_refused_addresses(address: str, message: str, tmp_path: Path) -> None:
+def test_refused_addresses(address: str, message: str, s3: S3Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         localised(address, config(address, tmp_path))

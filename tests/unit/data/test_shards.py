@@ -10,7 +10,8 @@ import webdataset
 from made_up import Documents, WriteFolder, random_documents
 
 from hydra_scale.data.manifest import read_manifest
-from hydra_scale.data.shards import ShardWriter, TokenStore, token_counts
+from hydra_scale.data.shard_writer import ShardWriter
+from hydra_scale.data.shards import TokenStore, token_counts
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:

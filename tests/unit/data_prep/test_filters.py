@@ -13,7 +13,7 @@ from hydra_data_prep.prepare import PrepareOptions, prepare
 from hydra_data_prep.quality import GopherFilter, repeated, run_shares, symbols_per_word
 from hydra_scale.cli import app
 from hydra_scale.data.manifest import read_manifest
-from hydra_scale.errors import ConfigError, EnvironmentFault
+from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
 
 SENTENCES = {
     "en": "The weather was fine this morning, and we walked along the river with our children.",
@@ -141,5 +141,9 @@ def test_quality_looks_at_lines_that_normalisation_joins(tmp_path: Path) -> None
     report = prepare(options)
     assert report.dropped == {"too short": 0, "duplicates": 0, "bullet lines": 1, "number of words": 1}
     assert report.train_documents == 1
+    (tmp_path / "few.jsonl").write_text(json.dumps({"text": texts[2]}) + "\n")
+    few = options.model_copy(update={"input": (tmp_path / "few.jsonl",), "output": tmp_path / "few"})
+    with pytest.raises(DataError, match=r"none of its 1 documents is kept \(1 number of words\); check --input"):
+        prepare(few)
     with pytest.raises(ConfigError, match="--language-confidence is the least for --language; give one"):
         prepare(options.model_copy(update={"output": tmp_path / "other", "language_confidence": 0.9}))

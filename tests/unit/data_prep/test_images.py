@@ -9,34 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from pictures import folder_of, options, pictures
 from PIL import Image
 
 from hydra_data_prep.images import ImageOptions, read_images
-from hydra_data_prep.prepare import PrepareOptions, prepare
+from hydra_data_prep.prepare import prepare
 from hydra_data_prep.verify import verify
 from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
-
-SIZE = 8
-
-
-def pictures(color: str) -> np.ndarray:
-    """uint8 (20, 8, 8) or (20, 8, 8, 3), every value from 0 to 255 among them."""
-    shape = (20, SIZE, SIZE) if color == "grey" else (20, SIZE, SIZE, 3)
-    values = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
-    values[:4].flat[:256] = np.arange(256)
-    return values
-
-
-def folder_of(path: Path, values: np.ndarray) -> Path:
-    for number, each in enumerate(values):
-        (path / f"class{number % 2}").mkdir(parents=True, exist_ok=True)
-        Image.fromarray(each).save(path / f"class{number % 2}" / f"{number:02d}.png")
-    return path
-
-
-def options(corpus: Path, output: Path, **values: Any) -> PrepareOptions:
-    defaults = {"source": "images", "input": (corpus,), "output": output, "tokenizer": "bytes", "image_size": SIZE}
-    return PrepareOptions(**defaults | values)
 
 
 @pytest.mark.parametrize("color", ["grey", "rgb"])
@@ -68,7 +47,7 @@ def test_resized_by_the_shorter_side_and_cropped_to_the_middle(tmp_path: Path) -
 def test_divided_and_duplicate_pictures(tmp_path: Path) -> None:
     corpus = folder_of(tmp_path / "in", np.concatenate([pictures("grey"), pictures("grey")[:5]]))
     report = prepare(options(corpus, tmp_path / "data"))
-    assert (report.num_duplicates, report.train_documents + report.eval_documents) == (5, 20)
+    assert (report.dropped["duplicates"], report.train_documents + report.eval_documents) == (5, 20)
     part = prepare(options(corpus, tmp_path / "part", part=(1, 5)))
     assert part.num_read == 5
 

