@@ -63,6 +63,15 @@ def override_model(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
     return _validate(Config, values, places, "model").model
 
 
+def in_short(error: Exception) -> str:
+    """The first problem of a validation; the words of any other error."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place or error.title}: {first['msg']} (found {first['input']!r})"
+
+
 def flatten(values: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[str, Any]]:
     """Dotted key and value of every leaf of a nested mapping."""
     for key, value in values.items():

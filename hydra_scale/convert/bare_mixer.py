@@ -6,18 +6,20 @@ for files that do not, they are given as settings (`model.mixer.ngroups=2`).
 """
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hydra_scale.config import MixerConfig, ModelConfig
-from hydra_scale.config_file import override_model
+from hydra_scale.config_file import flatten, in_short, override_model
 from hydra_scale.convert.package import MixerPackage, Probe
 from hydra_scale.convert.tensor_file import check_suffix, read_tensors, write_tensors
 from hydra_scale.errors import CheckpointError, ConfigError
 
+log = logging.getLogger(__name__)
 _NOT_IN_SHAPES = ("ngroups", "dt_limit")
 
 
@@ -39,10 +41,13 @@ def read_mixer(path: Path, settings: Sequence[str] = ()) -> MixerPackage:
         guess = ModelConfig(d_model=d_model, num_layers=1, mixer=infer_mixer(parameters, **told))
         given = override_model(guess, settings).mixer
         mixer = infer_mixer(parameters, given.ngroups, dt_limit=given.dt_limit)
+        model = ModelConfig(d_model=d_model, num_layers=1, mixer=mixer)
     except KeyError as error:
-        raise CheckpointError(f"{path}: holds no tensor {error}: not the state dict of a Hydra mixer") from None
-    except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: not the state dict of a Hydra mixer: {error}") from None
+        name = error.args[0]
+        raise CheckpointError(f"{path}: holds no tensor {name}: not the state dict of a Hydra mixer") from None
+    except (ValueError, IndexError, TypeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path}: not the state dict of a Hydra mixer: {in_short(error)}") from None
+    log_untold(path, model, [f"mixer.{name}" for name in _NOT_IN_SHAPES], told, settings)
     return MixerPackage(d_model, mixer, parameters)
 
 
@@ -73,6 +78,24 @@ def told_by(metadata: dict[str, str]) -> dict[str, Any]:
         ValueError: it is not JSON.
     """
     return {name: json.loads(metadata[name]) for name in _NOT_IN_SHAPES if name in metadata}
+
+
+def log_untold(
+    path: Path, model: ModelConfig, names: Sequence[str], told: Collection[str], settings: Sequence[str]
+) -> None:
+    """Say which of these settings neither the file nor the command tells, and what they were taken to be.
+
+    names: as in ModelConfig (`mixer.ngroups`); told: those that the file tells, without section.
+    """
+    given = [setting.partition("=")[0].strip() for setting in settings]
+    values = dict(flatten(model.model_dump()))
+    taken = [
+        f"model.{name}={values[name]}"
+        for name in names
+        if name.rpartition(".")[2] not in told and f"model.{name}" not in given
+    ]
+    if taken:
+        log.info("%s: does not tell all settings; taken as %s, give others behind OUT", path, ", ".join(taken))
 
 
 def infer_mixer(parameters: dict[str, torch.Tensor], ngroups: int = 1, **settings: Any) -> MixerConfig:

@@ -82,8 +82,7 @@ def convert(source_kind: str, target_kind: str, source: Path, target: Path, opti
         package = SOURCES[source_kind](source, options.settings)
         if target_kind == "mixer" and isinstance(package, EncoderPackage):
             package = package.layer_mixer(options.layer or 0)
-        probe = package.probe()
-        expected = package.run(probe, form.output)
+        probe, expected = _run(package, form.output, source)
         _remove(aside)
         try:
             form.write(package, aside)
@@ -147,6 +146,15 @@ def _difference(found: torch.Tensor, expected: list[torch.Tensor]) -> float:
     """Largest difference of padded rows from those expected, over the largest number expected."""
     gaps = [float((row[: len(alone)] - alone).abs().max()) for row, alone in zip(found, expected, strict=True)]
     return max(gaps) / max(float(alone.abs().max()) for alone in expected)
+
+
+def _run(package: Package, output: Output, source: Path) -> tuple[Probe, list[torch.Tensor]]:
+    """A batch and what the source makes of it."""
+    probe = package.probe()
+    try:
+        return probe, package.run(probe, output)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
 
 
 def _remove(path: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hydra_scale.config import AttentionConfig, MixerConfig, MlpConfig, ModelConfig
-from hydra_scale.convert.package import EncoderPackage
+from hydra_scale.convert.package import EncoderPackage, widest_dtype
 from hydra_scale.convert.tensor_file import write_safetensors
 from hydra_scale.data.tokenizer import PAD_ID, Tokenizer
 from hydra_scale.errors import CheckpointError
@@ -112,11 +112,12 @@ def _config(package: EncoderPackage) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "layer_kinds": model.layer_kinds,
         **{name: getattr(model, name) for name in _SAME_NAMES},
+        "head_norm_eps": model.eps_in_head,
         "mixer": mixer,
         "num_attention_heads": model.attention.num_heads,
         "mlp_width": round(model.mlp.expansion * model.d_model),
         "tie_word_embeddings": True,
-        "dtype": str(package.parameters["head.bias"].dtype).removeprefix("torch."),
+        "dtype": str(widest_dtype(package.parameters)).removeprefix("torch."),
         **({"pad_token_id": PAD_ID} if package.tokenizer is None else _special_ids(package.tokenizer)),
     }
 
@@ -132,6 +133,7 @@ def _model_config(values: dict[str, Any]) -> ModelConfig:
         num_layers=values["num_hidden_layers"],
         layer_pattern=values["layer_kinds"],
         vocab_size=values["vocab_size"],
+        head_norm_eps=values.get("head_norm_eps"),  # folders of earlier versions have one epsilon for both
         mixer=MixerConfig.model_validate(mixer),
         attention=AttentionConfig(num_heads=values["num_attention_heads"]),
         mlp=MlpConfig(expansion=values["mlp_width"] / values["d_model"]),

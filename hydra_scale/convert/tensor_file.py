@@ -2,6 +2,7 @@
 
 import datetime
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,12 @@ _HARMLESS: list[Any] = [
 ]
 """Plain values that trainers keep beside the weights (clocks, states of generators) and `weights_only` would refuse."""
 
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "state")
+"""Where a trainer's checkpoint keeps the model; Composer's is in `state`, beside the optimizers."""
+
+_PREFIX = re.compile(r"(?:(?:state|model|module|_orig_mod)\.)*")
+"""What Composer, DataParallel and torch.compile put in front of every name."""
+
 
 def check_suffix(path: Path) -> None:
     """Raises ConfigError unless the name of a file to write says its format."""
@@ -34,7 +41,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors by name, on the CPU, and the metadata of a `.safetensors` file.
 
     A `.pt` file is read with weights_only: it can hold tensors and plain values, no code. It is a flat state dict, or
-    a Composer checkpoint, whose model's state dict is taken. A prefix `model.` that all names have is removed.
+    a trainer's checkpoint, whose model's state dict is taken. Wrappers' names in front of all names are removed.
 
     Raises:
         CheckpointError: unreadable, holds objects that would run code, or is no state dict.
@@ -52,19 +59,25 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise CheckpointError(
             f"{path}: cannot be read as tensors: {reason}; give a .safetensors file or a .pt file of tensors alone"
         ) from None
-    try:
-        state = content["state"]["model"] if "state" in content else content
-        tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except (AttributeError, KeyError, TypeError):
-        tensors = {}
+    state = _state_dict(content)
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
     if not tensors:
         raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a Composer checkpoint")
     return _without_prefix(tensors), {}
 
 
+def _state_dict(content: Any) -> Mapping[Any, Any]:
+    """The state dict inside a trainer's checkpoint; an empty one if there is none."""
+    for _ in range(4):  # a pickle may hold itself
+        inside = [content[key] for key in _CONTAINERS if isinstance(content, Mapping) and key in content]
+        content = next((one for one in inside if isinstance(one, Mapping)), content)
+    return content if isinstance(content, Mapping) else {}
+
+
 def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = "model." if all(name.startswith("model.") for name in tensors) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    prefix = min((_PREFIX.match(name)[0] for name in tensors), key=len, default="")  # type: ignore[index]
+    shared = prefix if all(name.startswith(prefix) for name in tensors) else ""
+    return {name.removeprefix(shared): tensor for name, tensor in tensors.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

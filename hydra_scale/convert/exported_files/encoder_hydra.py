@@ -22,6 +22,7 @@ class EncoderConfig(Protocol):
     norm_position: str
     norm_eps: float
     embedding_norm_eps: float
+    head_norm_eps: float
     type_vocab_size: int
     position_embedding: str
     max_positions: int
@@ -128,7 +129,7 @@ class Head(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model, eps=config.embedding_norm_eps)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.head_norm_eps)
         self.decoder = nn.Linear(config.d_model, config.vocab_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
