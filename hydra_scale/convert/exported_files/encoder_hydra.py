@@ -147,9 +147,9 @@ def encode_rows(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """Padded rows through the encoder, without the padding.
 
-    tokens: ids (batch, seqlen), or word vectors (batch, seqlen, d_model) in their place; token_type_ids (absent: segment
-    0) and attention_mask (absent: no padding): (batch, seqlen) integers. Returns the final vectors (batch, seqlen, d_model), zeros at padding, and with `keep_states` also those after the
-    embedding and after each layer.
+    tokens: ids (batch, seqlen), or word vectors (batch, seqlen, d_model) in their place; token_type_ids (absent:
+    segment 0) and attention_mask (absent: no padding): (batch, seqlen) integers. Returns the final vectors (batch,
+    seqlen, d_model), zeros at padding, and with `keep_states` also those after the embedding and after each layer.
     Raises ValueError for a row longer than the learned positions.
     """
     every = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
