@@ -60,7 +60,7 @@ def override_model(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
             raise ConfigError(f"override {override!r}: expected the form model.key=value")
         _assign(values, keys, value, override)
         places[keys] = f"override {override!r}"
-    return _validate(Config, values, places, "model").model
+    return _validate(Config, values, places, "settings").model
 
 
 def in_short(error: Exception) -> str:
@@ -68,8 +68,9 @@ def in_short(error: Exception) -> str:
     if not isinstance(error, ValidationError):
         return str(error)
     first = error.errors()[0]
-    place = ".".join(map(str, first["loc"]))
-    return f"{place or error.title}: {first['msg']} (found {first['input']!r})"
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}, found {first['input']!r}"
 
 
 def flatten(values: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[str, Any]]:

@@ -17,7 +17,7 @@ from hydra_scale.convert.public_hydra import read_public, run_public, write_publ
 from hydra_scale.convert.run import read_run
 from hydra_scale.convert.torch_export import run_exported, write_exported
 from hydra_scale.convert.wheel import check_name, read_wheel, run_wheel, write_wheel
-from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault, HydraScaleError
 from hydra_scale.topology import joined
 
 Package = EncoderPackage | MixerPackage
@@ -85,7 +85,7 @@ def convert(source_kind: str, target_kind: str, source: Path, target: Path, opti
         probe, expected = _run(package, form.output, source)
         _remove(aside)
         try:
-            form.write(package, aside)
+            _write(form, package, aside, target)
             difference = _difference(form.run(aside, package, probe), expected)
             if not difference <= _TOLERANCE[package.dtype]:
                 raise CheckpointError(
@@ -155,6 +155,13 @@ def _run(package: Package, output: Output, source: Path) -> tuple[Probe, list[to
         return probe, package.run(probe, output)
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
+
+
+def _write(form: Target, package: Package, aside: Path, target: Path) -> None:
+    try:
+        form.write(package, aside)
+    except HydraScaleError as error:  # speaks of the file it was told to write
+        raise type(error)(str(error).replace(str(aside), str(target))) from None
 
 
 def _remove(path: Path) -> None:

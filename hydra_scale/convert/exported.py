@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hydra_scale.config import AttentionConfig, MixerConfig, MlpConfig, ModelConfig
+from hydra_scale.config_file import in_short
 from hydra_scale.convert.package import EncoderPackage, widest_dtype
 from hydra_scale.convert.tensor_file import write_safetensors
 from hydra_scale.data.tokenizer import PAD_ID, Tokenizer
@@ -69,8 +69,19 @@ def read_contents(folder: Path) -> EncoderPackage:
         model = _model_config(values)
         origin_file = folder / ORIGIN
         origin = json.loads(origin_file.read_text(encoding="utf-8")) if origin_file.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: not the configuration of an exported model: {error!r}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not the configuration of an exported model: {error.strerror}; give a folder of"
+            " `convert --to huggingface`"
+        ) from None
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not the configuration of an exported model: lacks {error}; copy it again"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not the configuration of an exported model: {in_short(error)}; copy it again"
+        ) from None
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     return EncoderPackage(model, _read_weights(folder), tokenizer, origin)
 
@@ -78,7 +89,10 @@ def read_contents(folder: Path) -> EncoderPackage:
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     try:
-        for path in sorted(folder.glob("model*.safetensors")):  # transformers cuts large models into several
+        files = sorted(folder.glob("model*.safetensors"))  # transformers cuts large models into several
+        if not files:
+            raise CheckpointError(f"{folder}: holds no {WEIGHTS}; copy it again")
+        for path in files:
             found |= load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights cannot be read ({error}); copy it again") from None

@@ -4,7 +4,7 @@ Both packages run themselves with this system's own code on a `Probe`; conversio
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -181,16 +181,24 @@ def check_same_tensors(
 
     source_name: what the source calls a tensor.
     """
-    for problem, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
-        if names:
-            listed = ", ".join(sorted(map(source_name, names))[:5]) + (", ..." if len(names) > 5 else "")
-            raise CheckpointError(
-                f"{what} {problem} {len(names)} tensors: {listed}; expected {len(expected)}, give a complete one"
-            )
+
+    def listed(names: Collection[str]) -> str:
+        return ", ".join(sorted(map(source_name, names))[:5]) + (", ..." if len(names) > 5 else "")
+
+    if absent := expected.keys() - found.keys():
+        raise CheckpointError(
+            f"{what} lacks {len(absent)} of {len(expected)} tensors: {listed(absent)}; give the whole state dict"
+        )
+    if unknown := found.keys() - expected.keys():
+        raise CheckpointError(
+            f"{what} has no place for {len(unknown)} tensors: {listed(unknown)}; it is of another kind, or remove them"
+        )
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            raise CheckpointError(f"{what}: {source_name(name)} has shape {shapes}")
+            raise CheckpointError(
+                f"{what}: {source_name(name)} has shape {shapes}; settings, if given, do not fit the tensors"
+            )
         if tensor.dtype not in _WEIGHTS:
             raise CheckpointError(
                 f"{what}: {source_name(name)} holds {str(tensor.dtype).removeprefix('torch.')}, expected floats of 16,"

@@ -3,11 +3,11 @@
 It says what shapes do not tell (an epsilon, whether the mixer is Hydra's) and repeats what they do.
 """
 
-import json
 from typing import Any
 
 from hydra_scale.config import ModelConfig
 from hydra_scale.config_file import flatten
+from hydra_scale.convert.bare_mixer import NOT_IN_SHAPES, checked, from_json
 from hydra_scale.errors import CheckpointError
 
 HEAD_EPS = 1e-12
@@ -30,7 +30,7 @@ def stated_in(metadata: dict[str, str]) -> dict[str, Any]:
         CheckpointError: of another activation or mixer, which the shapes would not tell.
         ValueError: it is no JSON object.
     """
-    config = json.loads(metadata.get("config", "{}"))
+    config = from_json("config", metadata.get("config", "{}"))
     if not isinstance(config, dict):
         raise ValueError(f"its configuration is {config!r}, expected an object of settings")
     for key, expected in _ONLY:
@@ -46,8 +46,12 @@ def epsilons(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def mixer_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of the mixer that no shape tells; the public class's own configuration lacks them."""
-    return {name: config[name] for name in ("ngroups", "dt_limit") if name in config}
+    """Settings of the mixer that no shape tells; the public class's own configuration lacks them.
+
+    Raises:
+        ValueError: one is of another kind.
+    """
+    return checked({name: config[name] for name in NOT_IN_SHAPES if name in config})
 
 
 def check_agrees(config: dict[str, Any], model: ModelConfig, vocab_size: int) -> None:
@@ -65,7 +69,9 @@ def check_agrees(config: dict[str, Any], model: ModelConfig, vocab_size: int) ->
 def check_expressible(model: ModelConfig) -> None:
     """Raises CheckpointError for a model that no configuration of the public class describes."""
     if other := sorted(set(model.layer_kinds) - {"H"}):
-        raise CheckpointError(f"model.layer_pattern has {', '.join(other)}: the public model has only H layers")
+        raise CheckpointError(
+            f"model.layer_pattern has {', '.join(other)}: the public model has only H layers; convert to another form"
+        )
     found, public = (dict(flatten(config.model_dump())) for config in (model, ModelConfig()))
     for key in _FIXED:
         if found[key] != public[key]:

@@ -83,7 +83,9 @@ def _rename(name: str, *, forward: bool) -> str:
         source, target = (public, ours) if forward else (ours, public)
         if name.startswith(source):
             return target + name.removeprefix(source)
-    raise CheckpointError(f"{name}: no counterpart in the {'public Hydra' if forward else 'trained'} model's names")
+    kind = "public Hydra" if forward else "trained"
+    hint = "; of a mixer alone say --from mixer" if name in ("in_proj.weight", "A_log") else ""
+    raise CheckpointError(f"{name}: no counterpart in the names of the {kind} masked language model{hint}")
 
 
 def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
@@ -114,7 +116,7 @@ def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
         raise CheckpointError(f"{path}: holds no tensor {name}: not a public Hydra masked language model") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (ValueError, TypeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not a public Hydra masked language model: {in_short(error)}") from None
     if not config:
         log_untold(path, model, ("mixer.ngroups", "mixer.dt_limit", "embedding_norm_eps"), told, settings)
@@ -151,11 +153,12 @@ def _infer_model(parameters: dict[str, torch.Tensor], stated: dict[str, Any], **
 
     Raises:
         KeyError: of the tensor that is absent, by its public name.
-        ValueError, TypeError, ZeroDivisionError: the shapes fit no model.
+        ValueError: the shapes fit no model.
     """
     layers = {int(name.split(".")[2]) for name in parameters if name.startswith("encoder.layers.")}
     if layers != set(range(len(layers))) or not layers:
-        raise ValueError(f"it has {len(layers)} layers, the last numbered {max(layers, default='none')}")
+        numbers = f", the last numbered {max(layers)}" if layers else ""
+        raise ValueError(f"it has {len(layers)} layers{numbers}; they count from 0 without a gap")
     first = "encoder.layers.0.mixer."
     try:
         vocab_size, d_model = parameters["embedding.word.weight"].shape

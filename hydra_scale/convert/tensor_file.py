@@ -50,20 +50,26 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return _without_prefix(tensors), file.metadata() or {}
+                return _without_prefix(path, tensors), file.metadata() or {}
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its operations stumble over
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {refused[1]}, which could run code" if refused else str(error).split("\n")[0][:200]
+        reason = f"it holds a {refused[1]}, which could run code" if refused else _reason(path, error)
         raise CheckpointError(
             f"{path}: cannot be read as tensors: {reason}; give a .safetensors file or a .pt file of tensors alone"
         ) from None
     state = _state_dict(content)
     tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a Composer checkpoint")
-    return _without_prefix(tensors), {}
+    return _without_prefix(path, tensors), {}
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "there is no such file"
+    if path.stat().st_size == 0:
+        return "it is empty"
+    return f"{type(error).__name__} {error}".split("\n")[0][:200]
 
 
 def _state_dict(content: Any) -> Mapping[Any, Any]:
@@ -74,8 +80,10 @@ def _state_dict(content: Any) -> Mapping[Any, Any]:
     return content if isinstance(content, Mapping) else {}
 
 
-def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = min((_PREFIX.match(name)[0] for name in tensors), key=len, default="")  # type: ignore[index]
+def _without_prefix(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if not tensors:
+        raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a trainer's checkpoint")
+    prefix = min((_PREFIX.match(name)[0] for name in tensors), key=len)  # type: ignore[index]
     shared = prefix if all(name.startswith(prefix) for name in tensors) else ""
     return {name.removeprefix(shared): tensor for name, tensor in tensors.items()}
 
