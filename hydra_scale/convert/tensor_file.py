@@ -1,6 +1,7 @@
 """Files of named tensors that others made: `.safetensors`, and `.pt` read without running anything in it."""
 
 import datetime
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 
 from hydra_scale.errors import CheckpointError, ConfigError
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pt")
 _RECONSTRUCT_ARRAY = np.empty(0).__reduce__()[0]
 _HARMLESS: list[Any] = [
@@ -41,7 +43,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors by name, on the CPU, and the metadata of a `.safetensors` file.
 
     A `.pt` file is read with weights_only: it can hold tensors and plain values, no code. It is a flat state dict, or
-    a trainer's checkpoint, whose model's state dict is taken. Wrappers' names in front of all names are removed.
+    a trainer's checkpoint, whose model's state dict is taken. Wrappers' names in front of all names are removed; of a
+    file that records a computation, with parameters as `param.NAME` beside gradients and inputs, those are taken.
 
     Raises:
         CheckpointError: unreadable, holds objects that would run code, or is no state dict.
@@ -83,6 +86,12 @@ def _state_dict(content: Any) -> Mapping[Any, Any]:
 def _without_prefix(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not tensors:
         raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a trainer's checkpoint")
+    recorded = {name.removeprefix("param."): t for name, t in tensors.items() if name.startswith("param.")}
+    if recorded and len(recorded) < len(tensors):
+        log.info(
+            "%s: %d tensors are parameters, the other %d are left", path, len(recorded), len(tensors) - len(recorded)
+        )
+    tensors = recorded or tensors
     prefix = min((_PREFIX.match(name)[0] for name in tensors), key=len)  # type: ignore[index]
     shared = prefix if all(name.startswith(prefix) for name in tensors) else ""
     return {name.removeprefix(shared): tensor for name, tensor in tensors.items()}

@@ -89,6 +89,23 @@ def test_the_mathematics_is_that_of_the_public_mixer(golden: Path) -> None:
         assert_near(mixed(state_dict(golden), u, *told), expected)
 
 
+@pytest.mark.parametrize("golden", PUBLIC, ids=lambda path: path.stem)
+def test_a_recorded_computation_is_read_as_it_is(golden: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Parameters beside gradients, inputs and outputs, with the configuration in the metadata."""
+    values = load_file(golden)
+    with job_of_one(), caplog.at_level(logging.INFO, "hydra_scale"):
+        package = read_public(golden)
+        for ids, row in zip(values["input_ids"], values["logits"], strict=True):
+            assert_near(package.run(Probe(ids[None], (len(ids),)), "logits")[0], row)
+    assert "tensors are parameters, the other" in caplog.text and "does not tell" not in caplog.text
+
+
+@pytest.mark.parametrize("golden", MIXERS, ids=lambda path: path.stem)
+def test_a_recorded_mixer_is_read_as_it_is(golden: Path) -> None:
+    values = load_file(golden)
+    assert_near(read_mixer(golden).build()(values["input"]), values["output"])
+
+
 @pytest.mark.parametrize("form", ["config", "composer"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_logits_of_every_form(name: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
