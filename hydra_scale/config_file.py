@@ -60,7 +60,17 @@ def override_model(model: ModelConfig, overrides: Sequence[str]) -> ModelConfig:
             raise ConfigError(f"override {override!r}: expected the form model.key=value")
         _assign(values, keys, value, override)
         _note(places, keys, override)
-    return _validate(Config, values, places, "model").model
+    return _validate(Config, values, places, "settings").model
+
+
+def in_short(error: Exception) -> str:
+    """The first problem of a validation; the words of any other error."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}, found {first['input']!r}"
 
 
 def flatten(values: dict[str, Any], prefix: KeyPath = ()) -> Iterator[tuple[str, Any]]:

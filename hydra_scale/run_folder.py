@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from hydra_scale.checkpoint.files import publish, remove_folder, write_durably
+from hydra_scale.checkpoint.files import flush, publish, remove_folder, write_durably
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.weights import copy_weights
@@ -91,6 +91,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             write_durably(self.config_file, dump_config(config).encode())  # first: it marks the folder as a run's
             self.checkpoints.path.mkdir(exist_ok=True)
+            flush(self.path)  # or a loss of power takes the folder, and what was published in it
             self.checkpoints.clear_unfinished()
             shutil.copytree(tokenizer, self.tokenizer, dirs_exist_ok=True)
         except OSError as error:

@@ -86,10 +86,13 @@ class CheckpointFolder:
         self, keep: int, every: int | None = None, losses: dict[int, float] | None = None, best: int = 0
     ) -> None:
         """Delete all but the newest `keep`, the multiples of `every`, and the `best` ones by their step's loss; one
-        that is no number is nobody's best."""
+        that is no number is nobody's best. What cannot be deleted is logged, and tried again the next time."""
         steps = self.steps()
         ranked = sorted((loss, step) for step, loss in (losses or {}).items() if step in steps and isfinite(loss))
         stay = {*steps[-keep:], *(step for _, step in ranked[:best])}
         for step in steps:
             if step not in stay and (every is None or step % every):
-                remove_folder(self.at(step))
+                try:
+                    remove_folder(self.at(step))
+                except OSError as error:
+                    log.warning("%s: cannot be deleted: %s; it takes room until then", self.at(step), error)

@@ -99,7 +99,7 @@ class CheckpointReader:
             try:
                 file = self._file(piece.file)
                 part = file.get_slice(piece.key)[index] if index else file.get_tensor(piece.key)
-            except SafetensorError as error:
+            except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"{self.folder / piece.file}: {piece.key}: cannot be read ({error})") from None
             target[common.within(box)].copy_(part)
             read += common.num_elements

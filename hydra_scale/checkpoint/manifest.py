@@ -95,15 +95,21 @@ def verify_files(folder: Path, manifest: CheckpointManifest) -> None:
     """Compare size and hash of every file with the manifest; files that it does not list are logged and never read.
 
     Raises:
-        CheckpointError: the first file that is missing, cut or altered.
+        CheckpointError: the first file that is missing, cut, altered, or that the disk does not give.
     """
     for name, entry in manifest.files.items():
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise CheckpointError(f"{path}: missing; the manifest of {folder.name} lists it")
-        if (size := path.stat().st_size) != entry.bytes:
+        try:
+            size, found = path.stat().st_size, sha256_file(path)
+        except OSError as error:
+            raise CheckpointError(
+                f"{path}: cannot be read: {error.strerror}; look at the disk, or copy it again"
+            ) from None
+        if size != entry.bytes:
             raise CheckpointError(f"{path}: {size} bytes, the manifest says {entry.bytes}")
-        if (found := sha256_file(path)) != entry.sha256:
+        if found != entry.sha256:
             raise CheckpointError(f"{path}: sha256 is {found}, the manifest says {entry.sha256}")
     listed = {*manifest.files, MANIFEST, MANIFEST_HASH}
     if strangers := sorted(path.name for path in folder.iterdir() if path.name not in listed):

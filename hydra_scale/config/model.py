@@ -76,7 +76,9 @@ class ModelConfig(Section):
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Epsilon of the norms around the layers."""
     embedding_norm_eps: Annotated[float, Field(gt=0)] = 1e-12
-    """Epsilon of the norms after the embedding, after the last layer (pre-norm) and in the head."""
+    """Epsilon of the norms after the embedding and after the last layer (pre-norm)."""
+    head_norm_eps: Annotated[float, Field(gt=0)] | None = None
+    """Epsilon of the norm in the head; absent: embedding_norm_eps."""
     vocab_size: PositiveInt | None = None
     """Rows of the embedding; absent: the tokenizer's size rounded up to a multiple of 64."""
     type_vocab_size: PositiveInt = 2
@@ -97,6 +99,11 @@ class ModelConfig(Section):
     def layer_kinds(self) -> str:
         """One letter a layer, the pattern repeated and cut to num_layers."""
         return (self.layer_pattern * self.num_layers)[: self.num_layers]
+
+    @property
+    def eps_in_head(self) -> float:
+        """Epsilon of the norm in the head."""
+        return self.embedding_norm_eps if self.head_norm_eps is None else self.head_norm_eps
 
     @model_validator(mode="after")
     def _widths_divide(self) -> "ModelConfig":

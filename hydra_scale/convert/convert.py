@@ -17,7 +17,7 @@ from hydra_scale.convert.public_hydra import read_public, run_public, write_publ
 from hydra_scale.convert.run import read_run
 from hydra_scale.convert.torch_export import run_exported, write_exported
 from hydra_scale.convert.wheel import check_name, read_wheel, run_wheel, write_wheel
-from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault, HydraScaleError
 from hydra_scale.topology import joined
 
 Package = EncoderPackage | MixerPackage
@@ -82,11 +82,10 @@ def convert(source_kind: str, target_kind: str, source: Path, target: Path, opti
         package = SOURCES[source_kind](source, options.settings)
         if target_kind == "mixer" and isinstance(package, EncoderPackage):
             package = package.layer_mixer(options.layer or 0)
-        probe = package.probe()
-        expected = package.run(probe, form.output)
+        probe, expected = _run(package, form.output, source)
         _remove(aside)
         try:
-            form.write(package, aside)
+            _write(form, package, aside, target)
             difference = _difference(form.run(aside, package, probe), expected)
             if not difference <= _TOLERANCE[package.dtype]:
                 raise CheckpointError(
@@ -147,6 +146,22 @@ def _difference(found: torch.Tensor, expected: list[torch.Tensor]) -> float:
     """Largest difference of padded rows from those expected, over the largest number expected."""
     gaps = [float((row[: len(alone)] - alone).abs().max()) for row, alone in zip(found, expected, strict=True)]
     return max(gaps) / max(float(alone.abs().max()) for alone in expected)
+
+
+def _run(package: Package, output: Output, source: Path) -> tuple[Probe, list[torch.Tensor]]:
+    """A batch and what the source makes of it."""
+    probe = package.probe()
+    try:
+        return probe, package.run(probe, output)
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
+
+
+def _write(form: Target, package: Package, aside: Path, target: Path) -> None:
+    try:
+        form.write(package, aside)
+    except HydraScaleError as error:  # speaks of the file it was told to write
+        raise type(error)(str(error).replace(str(aside), str(target))) from None
 
 
 def _remove(path: Path) -> None:

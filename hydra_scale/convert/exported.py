@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hydra_scale.config import AttentionConfig, MixerConfig, MlpConfig, ModelConfig
-from hydra_scale.convert.package import EncoderPackage
+from hydra_scale.config_file import in_short
+from hydra_scale.convert.package import EncoderPackage, widest_dtype
 from hydra_scale.convert.tensor_file import write_safetensors
 from hydra_scale.data.tokenizer import PAD_ID, Tokenizer
 from hydra_scale.errors import CheckpointError
@@ -69,8 +69,19 @@ def read_contents(folder: Path) -> EncoderPackage:
         model = _model_config(values)
         origin_file = folder / ORIGIN
         origin = json.loads(origin_file.read_text(encoding="utf-8")) if origin_file.is_file() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-        raise CheckpointError(f"{folder / CONFIG}: not the configuration of an exported model: {error!r}") from None
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not the configuration of an exported model: {error.strerror}; give a folder of"
+            " `convert --to huggingface`"
+        ) from None
+    except KeyError as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not the configuration of an exported model: lacks {error}; copy it again"
+        ) from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG}: not the configuration of an exported model: {in_short(error)}; copy it again"
+        ) from None
     tokenizer = Tokenizer.load(folder / TOKENIZER) if (folder / TOKENIZER).is_dir() else None
     return EncoderPackage(model, _read_weights(folder), tokenizer, origin)
 
@@ -78,7 +89,10 @@ def read_contents(folder: Path) -> EncoderPackage:
 def _read_weights(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     try:
-        for path in sorted(folder.glob("model*.safetensors")):  # transformers cuts large models into several
+        files = sorted(folder.glob("model*.safetensors"))  # transformers cuts large models into several
+        if not files:
+            raise CheckpointError(f"{folder}: holds no {WEIGHTS}; copy it again")
+        for path in files:
             found |= load_file(path)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: its weights cannot be read ({error}); copy it again") from None
@@ -112,11 +126,12 @@ def _config(package: EncoderPackage) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "layer_kinds": model.layer_kinds,
         **{name: getattr(model, name) for name in _SAME_NAMES},
+        "head_norm_eps": model.eps_in_head,
         "mixer": mixer,
         "num_attention_heads": model.attention.num_heads,
         "mlp_width": round(model.mlp.expansion * model.d_model),
         "tie_word_embeddings": True,
-        "dtype": str(package.parameters["head.bias"].dtype).removeprefix("torch."),
+        "dtype": str(widest_dtype(package.parameters)).removeprefix("torch."),
         **({"pad_token_id": PAD_ID} if package.tokenizer is None else _special_ids(package.tokenizer)),
     }
 
@@ -132,6 +147,7 @@ def _model_config(values: dict[str, Any]) -> ModelConfig:
         num_layers=values["num_hidden_layers"],
         layer_pattern=values["layer_kinds"],
         vocab_size=values["vocab_size"],
+        head_norm_eps=values.get("head_norm_eps"),  # folders of earlier versions have one epsilon for both
         mixer=MixerConfig.model_validate(mixer),
         attention=AttentionConfig(num_heads=values["num_attention_heads"]),
         mlp=MlpConfig(expansion=values["mlp_width"] / values["d_model"]),

@@ -16,6 +16,7 @@ from hydra_scale.convert.package import EncoderPackage, Probe
 from hydra_scale.convert.tokenizer_json import tokenizer_json
 from hydra_scale.errors import CheckpointError
 
+_MODELING = "modeling_hydra.py"
 _LOADING = {
     "architectures": ["HydraForMaskedLM"],
     "auto_map": {
@@ -36,7 +37,8 @@ def write_huggingface(package: EncoderPackage, folder: Path) -> None:
     """
     folder.mkdir(parents=True)
     write_contents(package, folder, _LOADING)
-    copy_code(folder, "configuration_hydra.py", "modeling_hydra.py")
+    copy_code(folder, "configuration_hydra.py", _MODELING)
+    _name_every_module(folder)
     if package.tokenizer is not None:
         _write_tokenizer(package, folder)
     (folder / "README.md").write_text(front_matter() + card(package), encoding="utf-8")
@@ -71,6 +73,14 @@ def fill_mask(folder: Path, text: str, top: int = 3) -> list[tuple[str, float]]:
     best = logits[0, places[0, 0]].softmax(-1).topk(top)
     words = [tokenizer.decode([token]).strip() for token in best.indices.tolist()]
     return list(zip(words, best.values.tolist(), strict=True))
+
+
+def _name_every_module(folder: Path) -> None:
+    """Have the modelling file name all others: transformers 5.0 brings those only that it names itself."""
+    names = sorted(path.stem for path in folder.glob("*.py") if path.name != _MODELING)
+    imports = "".join(f"    from .{name} import *\n" for name in names)
+    with (folder / _MODELING).open("a", encoding="utf-8") as file:
+        file.write(f"\n\nif False:  # never runs: it tells transformers 5.0 which files belong to this one\n{imports}")
 
 
 def _write_tokenizer(package: EncoderPackage, folder: Path) -> None:

@@ -3,7 +3,8 @@
 Both packages run themselves with this system's own code on a `Probe`; conversion compares the written file with that.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +20,7 @@ Output = Literal["logits", "vectors"]
 """What of an encoder is compared: the head's scores of all tokens, or the encoder's final vectors."""
 
 _PROBE_LENGTHS = (150, 9, 1)
+_WEIGHTS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class MixerPackage:
     @property
     def dtype(self) -> torch.dtype:
         """The precision it is run and compared in."""
-        return _running_dtype(self.parameters["in_proj.weight"])
+        return running_dtype(self.parameters)
 
     def build(self) -> HydraMixer:
         """The mixer with these parameters.
@@ -87,16 +89,18 @@ class EncoderPackage:
     tokenizer: Tokenizer | None
     origin: dict[str, Any]
     """Where it came from, for the model card: plain JSON, see `hydra_scale.convert.card`."""
+    source_name: Callable[[str], str] = str
+    """What the source calls a parameter, for errors."""
 
     @property
     def vocab_size(self) -> int:
         """Rows of the embedding."""
-        return self.parameters["head.bias"].numel()
+        return self.parameters["embedding.word.weight"].shape[0]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision it is run and compared in: fp64 for fp64 parameters, else fp32."""
-        return _running_dtype(self.parameters["head.bias"])
+        """The precision it is run and compared in: fp64 if any parameter has it, else fp32."""
+        return running_dtype(self.parameters)
 
     def build(self) -> MaskedLanguageModel:
         """This system's model with these parameters, on the CPU; needs `hydra_scale.topology.joined`.
@@ -106,7 +110,7 @@ class EncoderPackage:
         """
         mixer = self.model.mixer.model_copy(update={"backend": "auto"})
         model = MaskedLanguageModel(self.model.model_copy(update={"mixer": mixer}), self.vocab_size)
-        check_same_tensors("the model", dict(model.named_parameters()), self.parameters)
+        check_same_tensors("the model", dict(model.named_parameters()), self.parameters, self.source_name)
         model.to(self.dtype).load_state_dict(self.parameters)
         return model.eval()
 
@@ -167,22 +171,54 @@ class LayerMixerPackage(MixerPackage):
         return pairs
 
 
-def check_same_tensors(what: str, expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    """Raises CheckpointError unless `found` has the names and shapes of `expected` and finite values."""
-    for problem, names in (("lacks", expected.keys() - found.keys()), ("has unknown", found.keys() - expected.keys())):
-        if names:
-            raise CheckpointError(f"{what} {problem} {len(names)} tensors: {', '.join(sorted(names)[:5])}")
+def check_same_tensors(
+    what: str,
+    expected: Mapping[str, torch.Tensor],
+    found: Mapping[str, torch.Tensor],
+    source_name: Callable[[str], str] = str,
+) -> None:
+    """Raises CheckpointError unless `found` has the names and shapes of `expected`, and finite floats of 16 to 64 bits.
+
+    source_name: what the source calls a tensor.
+    """
+
+    def listed(names: Collection[str]) -> str:
+        return ", ".join(sorted(map(source_name, names))[:5]) + (", ..." if len(names) > 5 else "")
+
+    if absent := expected.keys() - found.keys():
+        raise CheckpointError(
+            f"{what} lacks {len(absent)} of {len(expected)} tensors: {listed(absent)}; give the whole state dict"
+        )
+    if unknown := found.keys() - expected.keys():
+        raise CheckpointError(
+            f"{what} has no place for {len(unknown)} tensors: {listed(unknown)}; it is of another kind, or remove them"
+        )
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-            raise CheckpointError(f"{what}: {name} has shape {shapes}")
+            raise CheckpointError(
+                f"{what}: {source_name(name)} has shape {shapes}; settings, if given, do not fit the tensors"
+            )
+        if tensor.dtype not in _WEIGHTS:
+            raise CheckpointError(
+                f"{what}: {source_name(name)} holds {str(tensor.dtype).removeprefix('torch.')}, expected floats of 16,"
+                " 32 or 64 bits; convert weights that are not quantised"
+            )
         if not tensor.isfinite().all():
             number = int((~tensor.isfinite()).sum())
-            raise CheckpointError(f"{what}: {name} holds {number} values that are not finite; convert a sound one")
+            raise CheckpointError(
+                f"{what}: {source_name(name)} holds {number} values that are not finite; convert a sound one"
+            )
 
 
-def _running_dtype(tensor: torch.Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def widest_dtype(parameters: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """The narrowest type that holds every parameter exactly."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in parameters.values()))
+
+
+def running_dtype(parameters: Mapping[str, torch.Tensor]) -> torch.dtype:
+    """fp64 if any parameter has it, else fp32."""
+    return torch.promote_types(widest_dtype(parameters), torch.float32)
 
 
 class _Document:

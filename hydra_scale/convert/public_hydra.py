@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from hydra_scale.config import ModelConfig
-from hydra_scale.config_file import flatten, override_model
-from hydra_scale.convert.bare_mixer import infer_mixer, told_by
+from hydra_scale.config_file import in_short, override_model
+from hydra_scale.convert import public_config
+from hydra_scale.convert.bare_mixer import infer_mixer, log_untold, told_by
 from hydra_scale.convert.package import EncoderPackage, Probe
 from hydra_scale.convert.tensor_file import check_suffix, read_tensors, write_tensors
 from hydra_scale.errors import CheckpointError
@@ -30,29 +31,26 @@ _PAIRS = (
     ("cls.predictions.decoder.bias", "head.bias"),
 )
 _PUBLIC_LAYER, _OUR_LAYER = re.compile(r"bert\.encoder\.layer\.(\d+)\.layer\."), re.compile(r"encoder\.layers\.(\d+)\.")
-_TIED = "cls.predictions.decoder.weight"
-_BUFFERS = ("bert.embeddings.position_ids",)
-_FIXED = (
-    "norm", "norm_eps", "embedding_norm_eps", "mixer.ngroups", "mixer.dt_limit", "mixer.learnable_init_states",
-    "mixer.bias", "mixer.conv_bias",
-)  # fmt: skip
-"""Settings that the public model cannot change; their values are the defaults of ModelConfig."""
-
-_STATED = (("hidden_act", "gelu"), ("matrix_mixer_type", "hydra"))
-"""Of the public configuration, what this system has one of."""
+_TIED, _BIAS_ALIAS = "cls.predictions.decoder.weight", "cls.predictions.bias"
+_POSITIONS = "bert.embeddings.position_ids"
 
 
 def from_public(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our names for a public state dict; the tied output matrix must equal the word embedding.
 
     Raises:
-        CheckpointError: a name that the public masked language model does not have, or an untied output matrix.
+        CheckpointError: a name that the public masked language model does not have, an untied output matrix, or
+            positions in another order.
     """
-    state = {name: tensor for name, tensor in state.items() if name not in _BUFFERS}
-    tied = state.pop(_TIED, None)
+    state = dict(state)
+    tied, positions, alias = (state.pop(name, None) for name in (_TIED, _POSITIONS, _BIAS_ALIAS))
+    if positions is not None and not torch.equal(positions.flatten(), torch.arange(positions.numel())):
+        raise CheckpointError(f"{_POSITIONS}: expected 0, 1, 2, ...; this system counts positions from the left")
+    if alias is not None and not _same(state.setdefault("cls.predictions.decoder.bias", alias), alias):
+        raise CheckpointError(f"{_BIAS_ALIAS}: differs from cls.predictions.decoder.bias; remove the one not meant")
     ours = {_rename(name, forward=True): tensor for name, tensor in state.items()}
     word = ours.get("embedding.word.weight")
-    if tied is not None and (word is None or not torch.equal(tied, word)):
+    if tied is not None and (word is None or not _same(tied, word)):
         raise CheckpointError(f"{_TIED}: differs from the word embedding; this system's output matrix is tied to it")
     return ours
 
@@ -61,7 +59,18 @@ def to_public(parameters: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The public state dict of our parameters, the tied output matrix included."""
     public = {_rename(name, forward=False): tensor for name, tensor in parameters.items()}
     public[_TIED] = parameters["embedding.word.weight"]
+    if (positions := parameters.get("embedding.position.weight")) is not None:
+        public[_POSITIONS] = torch.arange(positions.shape[0])[None]
     return public
+
+
+def public_name(name: str) -> str:
+    """The public name of a parameter of ours."""
+    return _rename(name, forward=False)
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def _rename(name: str, *, forward: bool) -> str:
@@ -74,16 +83,18 @@ def _rename(name: str, *, forward: bool) -> str:
         source, target = (public, ours) if forward else (ours, public)
         if name.startswith(source):
             return target + name.removeprefix(source)
-    raise CheckpointError(f"{name}: no counterpart in the {'public Hydra' if forward else 'trained'} model's names")
+    kind = "public Hydra" if forward else "trained"
+    hint = "; of a mixer alone say --from mixer" if name in ("in_proj.weight", "A_log") else ""
+    raise CheckpointError(f"{name}: no counterpart in the names of the {kind} masked language model{hint}")
 
 
 def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
-    """A public masked language model from a `.safetensors` file or a `.pt` file (flat, or a Composer checkpoint).
+    """A public masked language model from a `.safetensors` file or a `.pt` file (flat, or a trainer's checkpoint).
 
     The configuration follows from the shapes and, of groups and the clamp of the step sizes, from the file's metadata
-    as for a bare mixer; if that holds the public configuration (`config`, JSON), also its epsilon.
-    `settings` (`model.norm_eps=1e-6`) say what neither tells. By itself the public model has one group of B and C, and
-    no MLP.
+    as for a bare mixer; if that holds the public configuration (`config`, JSON), it must agree with the shapes, and
+    its epsilon is taken. `settings` (`model.norm_eps=1e-6`) say what neither tells. What nobody tells is as the public
+    class has it, and logged.
 
     Raises:
         CheckpointError: unreadable, or not the state dict of a public Hydra masked language model.
@@ -92,71 +103,81 @@ def read_public(path: Path, settings: Sequence[str] = ()) -> EncoderPackage:
     tensors, metadata = read_tensors(path)
     try:
         parameters = from_public(tensors)
-        stated = _stated(metadata)
-        given = override_model(_infer_config(parameters, stated, **told_by(metadata)), settings).mixer
+        config = public_config.stated_in(metadata)
+        told = public_config.mixer_settings(config) | told_by(metadata)
+        stated = public_config.epsilons(config)
+        given = override_model(_infer_model(parameters, stated, **told), settings).mixer
         # once more: with other groups the same shapes tell another width of the state
-        again = _infer_config(parameters, stated, ngroups=given.ngroups, dt_limit=given.dt_limit)
+        again = _infer_model(parameters, stated, ngroups=given.ngroups, dt_limit=given.dt_limit)
         model = override_model(again, settings)
+        public_config.check_agrees(config, model, len(parameters["embedding.word.weight"]))
     except KeyError as error:
-        raise CheckpointError(f"{path}: holds no tensor {error}: not a public Hydra masked language model") from None
+        name = str(error.args[0])
+        raise CheckpointError(f"{path}: holds no tensor {name}: not a public Hydra masked language model") from None
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{path}: not a public Hydra masked language model: {error}") from None
-    return EncoderPackage(model, parameters, tokenizer=None, origin={"public checkpoint": path.name})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a public Hydra masked language model: {in_short(error)}") from None
+    if not config:
+        log_untold(path, model, ("mixer.ngroups", "mixer.dt_limit", "embedding_norm_eps"), told, settings)
+    origin = {"public checkpoint": path.name}
+    return EncoderPackage(model, parameters, tokenizer=None, origin=origin, source_name=public_name)
 
 
 def write_public(package: EncoderPackage, path: Path) -> None:
     """The public state dict as one `.safetensors` or `.pt` file, the tied matrix under both its names.
+
+    A `.safetensors` file also holds the public configuration, as its metadata `config`.
 
     Raises:
         CheckpointError: the model has layers, norms or settings that the public one lacks.
         ConfigError: the file's name ends otherwise.
     """
     check_suffix(path)
-    if other := sorted(set(package.model.layer_kinds) - {"H"}):
-        raise CheckpointError(f"model.layer_pattern has {', '.join(other)}: the public model has only H layers")
-    found, public = (dict(flatten(model.model_dump())) for model in (package.model, ModelConfig()))
-    for key in _FIXED:
-        if found[key] != public[key]:
-            raise CheckpointError(f"model.{key} is {found[key]}: the public masked language model has {public[key]}")
-    write_tensors(path, to_public(package.parameters))
+    public_config.check_expressible(package.model)
+    config = public_config.of_model(package.model, package.vocab_size)
+    write_tensors(path, to_public(package.parameters), {"config": json.dumps(config)})
 
 
 def run_public(path: Path, package: EncoderPackage, probe: Probe) -> torch.Tensor:
     """Logits of the file, read back: its rows padded (batch, seqlen, vocab_size)."""
-    rows = read_public(path).run(probe, "logits")
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    if path.suffix == ".pt":  # holds no settings: whoever loads it knows them
+        back = EncoderPackage(package.model, from_public(read_tensors(path)[0]), tokenizer=None, origin={})
+    else:
+        back = read_public(path)
+    return torch.nn.utils.rnn.pad_sequence(back.run(probe, "logits"), batch_first=True)
 
 
-def _stated(metadata: dict[str, str]) -> dict[str, Any]:
-    """Settings that the public configuration in a file's metadata states.
+def _infer_model(parameters: dict[str, torch.Tensor], stated: dict[str, Any], **told: Any) -> ModelConfig:
+    """The configuration that the shapes tell, given what they do not.
 
     Raises:
-        CheckpointError: of another activation or mixer, which the shapes would not tell.
-        ValueError: it is no JSON object.
+        KeyError: of the tensor that is absent, by its public name.
+        ValueError: the shapes fit no model.
     """
-    config = json.loads(metadata.get("config", "{}"))
-    if not isinstance(config, dict):
-        raise ValueError(f"its configuration is {config!r}, expected an object of settings")
-    for key, expected in _STATED:
-        if (found := config.get(key, expected)) != expected:
-            raise CheckpointError(f"its configuration says {key}: {found!r}; this system has {expected!r} only")
-    return {"embedding_norm_eps": config["layer_norm_eps"]} if "layer_norm_eps" in config else {}
-
-
-def _infer_config(parameters: dict[str, torch.Tensor], stated: dict[str, Any], **told: Any) -> ModelConfig:
-    vocab_size, d_model = parameters["embedding.word.weight"].shape
-    positions = parameters.get("embedding.position.weight")
+    layers = {int(name.split(".")[2]) for name in parameters if name.startswith("encoder.layers.")}
+    if layers != set(range(len(layers))) or not layers:
+        numbers = f", the last numbered {max(layers)}" if layers else ""
+        raise ValueError(f"it has {len(layers)} layers{numbers}; they count from 0 without a gap")
     first = "encoder.layers.0.mixer."
+    try:
+        vocab_size, d_model = parameters["embedding.word.weight"].shape
+        positions = parameters.get("embedding.position.weight")
+        segments = parameters["embedding.segment.weight"]
+    except KeyError as error:
+        raise KeyError(public_name(error.args[0])) from None
+    try:
+        mixer = infer_mixer({n.removeprefix(first): t for n, t in parameters.items() if n.startswith(first)}, **told)
+    except KeyError as error:
+        raise KeyError(public_name(first + error.args[0])) from None
     return ModelConfig(
         d_model=d_model,
-        num_layers=1 + max(int(name.split(".")[2]) for name in parameters if name.startswith("encoder.layers.")),
+        num_layers=len(layers),
         norm_position="pre" if "encoder.final_norm.weight" in parameters else "post",
         vocab_size=vocab_size,
-        type_vocab_size=parameters["embedding.segment.weight"].shape[0],
+        type_vocab_size=segments.shape[0],
         position_embedding="none" if positions is None else "learned",
         max_positions=512 if positions is None else positions.shape[0],
-        mixer=infer_mixer({n.removeprefix(first): t for n, t in parameters.items() if n.startswith(first)}, **told),
+        mixer=mixer,
         **stated,
     )

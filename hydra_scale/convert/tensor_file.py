@@ -1,7 +1,9 @@
 """Files of named tensors that others made: `.safetensors`, and `.pt` read without running anything in it."""
 
 import datetime
+import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 
 from hydra_scale.errors import CheckpointError, ConfigError
 
+log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pt")
 _RECONSTRUCT_ARRAY = np.empty(0).__reduce__()[0]
 _HARMLESS: list[Any] = [
@@ -22,6 +25,12 @@ _HARMLESS: list[Any] = [
     *((_RECONSTRUCT_ARRAY, f"numpy.{module}.multiarray._reconstruct") for module in ("core", "_core")),
 ]
 """Plain values that trainers keep beside the weights (clocks, states of generators) and `weights_only` would refuse."""
+
+_CONTAINERS = ("model", "state_dict", "model_state_dict", "module", "state")
+"""Where a trainer's checkpoint keeps the model; Composer's is in `state`, beside the optimizers."""
+
+_PREFIX = re.compile(r"(?:(?:state|model|module|_orig_mod)\.)*")
+"""What Composer, DataParallel and torch.compile put in front of every name."""
 
 
 def check_suffix(path: Path) -> None:
@@ -34,7 +43,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Tensors by name, on the CPU, and the metadata of a `.safetensors` file.
 
     A `.pt` file is read with weights_only: it can hold tensors and plain values, no code. It is a flat state dict, or
-    a Composer checkpoint, whose model's state dict is taken. A prefix `model.` that all names have is removed.
+    a trainer's checkpoint, whose model's state dict is taken. Wrappers' names in front of all names are removed; of a
+    file that records a computation, with parameters as `param.NAME` beside gradients and inputs, those are taken.
 
     Raises:
         CheckpointError: unreadable, holds objects that would run code, or is no state dict.
@@ -43,28 +53,48 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                return _without_prefix(tensors), file.metadata() or {}
+                return _without_prefix(path, tensors), file.metadata() or {}
         with torch.serialization.safe_globals(_HARMLESS):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its operations stumble over
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds a {refused[1]}, which could run code" if refused else str(error).split("\n")[0][:200]
+        reason = f"it holds a {refused[1]}, which could run code" if refused else _reason(path, error)
         raise CheckpointError(
             f"{path}: cannot be read as tensors: {reason}; give a .safetensors file or a .pt file of tensors alone"
         ) from None
-    try:
-        state = content["state"]["model"] if "state" in content else content
-        tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
-    except (AttributeError, KeyError, TypeError):
-        tensors = {}
+    state = _state_dict(content)
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    return _without_prefix(path, tensors), {}
+
+
+def _reason(path: Path, error: Exception) -> str:
+    if not path.is_file():
+        return "it is a folder" if path.is_dir() else "there is no such file"
+    if path.stat().st_size == 0:
+        return "it is empty"
+    return f"{type(error).__name__} {error}".split("\n")[0][:200]
+
+
+def _state_dict(content: Any) -> Mapping[Any, Any]:
+    """The state dict inside a trainer's checkpoint; an empty one if there is none."""
+    for _ in range(4):  # a pickle may hold itself
+        inside = [content[key] for key in _CONTAINERS if isinstance(content, Mapping) and key in content]
+        content = next((one for one in inside if isinstance(one, Mapping)), content)
+    return content if isinstance(content, Mapping) else {}
+
+
+def _without_prefix(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     if not tensors:
-        raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a Composer checkpoint")
-    return _without_prefix(tensors), {}
-
-
-def _without_prefix(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix = "model." if all(name.startswith("model.") for name in tensors) else ""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        raise CheckpointError(f"{path}: holds no named tensors; give a state dict or a trainer's checkpoint")
+    recorded = {name.removeprefix("param."): t for name, t in tensors.items() if name.startswith("param.")}
+    if recorded and len(recorded) < len(tensors):
+        log.info(
+            "%s: %d tensors are parameters, the other %d are left", path, len(recorded), len(tensors) - len(recorded)
+        )
+    tensors = recorded or tensors
+    prefix = min((_PREFIX.match(name)[0] for name in tensors), key=len)  # type: ignore[index]
+    shared = prefix if all(name.startswith(prefix) for name in tensors) else ""
+    return {name.removeprefix(shared): tensor for name, tensor in tensors.items()}
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

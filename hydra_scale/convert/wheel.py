@@ -184,7 +184,7 @@ def _unpack(wheel: Path, site: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(site)  # removes absolute paths and .. from the names
     except (OSError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{wheel}: not a wheel: {error}") from None
+        raise CheckpointError(f"{wheel}: not a wheel: {error}; give one of `convert --to wheel`") from None
     configurations = list(site.glob("*/config.json"))
     if len(configurations) != 1:
         raise CheckpointError(f"{wheel}: holds no exported encoder; give a wheel of `convert --to wheel`")

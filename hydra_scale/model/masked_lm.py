@@ -60,7 +60,7 @@ class MaskedLanguageModelHead(nn.Module):
         super().__init__()
         self._tensor = tensor
         self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = LayerNorm(config.d_model, config.embedding_norm_eps)
+        self.norm = LayerNorm(config.d_model, config.eps_in_head)
         self.bias = divided((vocab_size,), (share(vocab_size, tensor),))
 
     def forward(self, x_MD: torch.Tensor, word_embedding_VD: torch.Tensor) -> torch.Tensor:

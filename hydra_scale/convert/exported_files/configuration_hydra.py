@@ -20,6 +20,7 @@ class HydraConfig(PretrainedConfig):
         norm_position: str = "post",
         norm_eps: float = 1e-5,
         embedding_norm_eps: float = 1e-12,
+        head_norm_eps: float = 1e-12,
         type_vocab_size: int = 2,
         position_embedding: str = "none",
         max_positions: int = 512,
@@ -40,6 +41,7 @@ class HydraConfig(PretrainedConfig):
         self.norm_position = norm_position
         self.norm_eps = norm_eps
         self.embedding_norm_eps = embedding_norm_eps
+        self.head_norm_eps = head_norm_eps
         self.type_vocab_size = type_vocab_size
         self.position_embedding = position_embedding
         self.max_positions = max_positions

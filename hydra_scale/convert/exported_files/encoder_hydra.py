@@ -22,6 +22,7 @@ class EncoderConfig(Protocol):
     norm_position: str
     norm_eps: float
     embedding_norm_eps: float
+    head_norm_eps: float
     type_vocab_size: int
     position_embedding: str
     max_positions: int
@@ -42,8 +43,9 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.d_model) if learned else None
         self.norm = nn.LayerNorm(config.d_model, eps=config.embedding_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        x = self.word(input_ids) + self.segment(segments)
+    def forward(self, tokens: torch.Tensor, segments: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Tokens as ids (N,) or, of floating point, as word vectors (N, d_model)."""
+        x = (tokens if tokens.is_floating_point() else self.word(tokens)) + self.segment(segments)
         if self.position is not None:
             x = x + self.position(positions)
         return self.norm(x)
@@ -128,7 +130,7 @@ class Head(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         self.dense = nn.Linear(config.d_model, config.d_model)
-        self.norm = nn.LayerNorm(config.d_model, eps=config.embedding_norm_eps)
+        self.norm = nn.LayerNorm(config.d_model, eps=config.head_norm_eps)
         self.decoder = nn.Linear(config.d_model, config.vocab_size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -138,27 +140,28 @@ class Head(nn.Module):
 def encode_rows(
     embedding: Embedding,
     encoder: Encoder,
-    input_ids: torch.Tensor,
+    tokens: torch.Tensor,
     attention_mask: torch.Tensor | None = None,
     token_type_ids: torch.Tensor | None = None,
     keep_states: bool = False,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None]:
     """Padded rows through the encoder, without the padding.
 
-    input_ids, token_type_ids (absent: segment 0) and attention_mask (absent: no padding): (batch, seqlen) integers.
-    Returns the final vectors (batch, seqlen, d_model), zeros at padding, and with `keep_states` also those after the
-    embedding and after each layer.
+    tokens: ids (batch, seqlen), or word vectors (batch, seqlen, d_model) in their place; token_type_ids (absent:
+    segment 0) and attention_mask (absent: no padding): (batch, seqlen) integers. Returns the final vectors (batch,
+    seqlen, d_model), zeros at padding, and with `keep_states` also those after the embedding and after each layer.
     Raises ValueError for a row longer than the learned positions.
     """
-    present = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
-    segments = torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+    every = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    present = (every if attention_mask is None else attention_mask).bool()
+    segments = torch.zeros_like(every) if token_type_ids is None else token_type_ids
     positions, lengths = present.cumsum(-1) - 1, present.sum(-1)
     if embedding.position is not None and (longest := int(lengths.max())) > embedding.position.num_embeddings:
         raise ValueError(
             f"a row has {longest} tokens; this model has {embedding.position.num_embeddings} learned positions: cut it"
         )
     cu_seqlens = nn.functional.pad(lengths[lengths > 0].cumsum(0), (1, 0)).int()
-    packed = embedding(input_ids[present], segments[present], positions[present])
+    packed = embedding(tokens[present], segments[present], positions[present])
     states = [packed[None]] if keep_states else None
     final = encoder(packed[None], cu_seqlens, states)
 

@@ -25,6 +25,14 @@ class HydraPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        # Some releases (5.0) call this for modules whose weights were just loaded, and rely on this mark.
+        loaded = [p for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        values = [p.clone() for p in loaded]
+        self._draw(module)
+        for parameter, value in zip(loaded, values, strict=True):
+            parameter.copy_(value)
+
+    def _draw(self, module: nn.Module) -> None:
         if isinstance(module, HydraMixer):
             module.reset_parameters()
             for linear in (module.in_proj, module.fc_D, module.out_proj):
@@ -56,17 +64,25 @@ class HydraModel(HydraPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutput | tuple[torch.Tensor, ...]:
-        """Inputs (batch, seqlen) to vectors (batch, seqlen, d_model), which are 0 at padding."""
+        """Inputs (batch, seqlen) to vectors (batch, seqlen, d_model), which are 0 at padding.
+
+        inputs_embeds: word vectors (batch, seqlen, d_model) in the place of input_ids.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, one of the two")
+        if output_attentions:
+            raise ValueError("output_attentions: this encoder keeps no attention matrices; use output_hidden_states")
+        tokens = inputs_embeds if input_ids is None else input_ids
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        vectors, states = encode_rows(
-            self.embedding, self.encoder, input_ids, attention_mask, token_type_ids, keep_states
-        )
+        vectors, states = encode_rows(self.embedding, self.encoder, tokens, attention_mask, token_type_ids, keep_states)
         output = BaseModelOutput(last_hidden_state=vectors, hidden_states=states)
         return output.to_tuple() if return_dict is False else output
 
@@ -99,15 +115,19 @@ class HydraForMaskedLM(HydraPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> MaskedLMOutput | tuple[torch.Tensor, ...]:
         """labels (batch, seqlen): the token to predict, -100 elsewhere; the loss is their mean."""
-        encoded = self.hydra(input_ids, attention_mask, token_type_ids, output_hidden_states, True)
+        encoded = self.hydra(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, True, inputs_embeds, output_attentions
+        )
         logits = self.head(encoded.last_hidden_state)
         loss = None
         if labels is not None:
@@ -129,29 +149,42 @@ class HydraForSequenceClassification(HydraPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[torch.Tensor, ...]:
-        """labels (batch,): classes, or values if there is one label; (batch, num_labels) floating: several at once."""
-        encoded = self.hydra(input_ids, attention_mask, token_type_ids, output_hidden_states, True)
-        first = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-        if attention_mask is not None:
-            first = attention_mask.long().argmax(-1)
-        pooled = encoded.last_hidden_state[torch.arange(input_ids.shape[0], device=input_ids.device), first]
+        """labels (batch,): classes, or values if there is one label; (batch, num_labels) floating: several at once.
+
+        `config.problem_type` says it where the labels do not: "regression", "single_label_classification" or
+        "multi_label_classification".
+        """
+        encoded = self.hydra(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, True, inputs_embeds, output_attentions
+        )
+        rows = torch.arange(len(encoded.last_hidden_state), device=encoded.last_hidden_state.device)
+        first = torch.zeros_like(rows) if attention_mask is None else attention_mask.long().argmax(-1)
+        pooled = encoded.last_hidden_state[rows, first]
         logits = self.classifier(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
-        loss = None
-        if labels is not None and self.config.num_labels == 1:
-            loss = nn.functional.mse_loss(logits[:, 0], labels.flatten().to(logits.dtype))
-        elif labels is not None and labels.is_floating_point():
-            loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
-        elif labels is not None:
-            loss = nn.functional.cross_entropy(logits, labels)
+        loss = None if labels is None else self._loss(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
         return output.to_tuple() if return_dict is False else output
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        kind = self.config.problem_type
+        if kind is None and self.config.num_labels == 1:
+            kind = "regression"
+        if kind is None and labels.is_floating_point():
+            kind = "multi_label_classification"
+        if kind == "regression":
+            return nn.functional.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
+        if kind == "multi_label_classification":
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels.flatten())
 
 
 class HydraForTokenClassification(HydraPreTrainedModel):
@@ -166,15 +199,19 @@ class HydraForTokenClassification(HydraPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> TokenClassifierOutput | tuple[torch.Tensor, ...]:
         """labels (batch, seqlen): a class for each token, -100 where there is none."""
-        encoded = self.hydra(input_ids, attention_mask, token_type_ids, output_hidden_states, True)
+        encoded = self.hydra(
+            input_ids, attention_mask, token_type_ids, output_hidden_states, True, inputs_embeds, output_attentions
+        )
         logits = self.classifier(self.dropout(encoded.last_hidden_state))
         loss = None
         if labels is not None:

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from figures import Figures
-from ranks import run_to_death
+from ranks import run_ranks, run_to_death
 from safetensors.torch import save as serialised
 
+from hydra_scale.checkpoint import folder as folder_module
+from hydra_scale.checkpoint import manifest as manifest_module
 from hydra_scale.checkpoint import save as save_module
 from hydra_scale.checkpoint.files import sha256_file
 from hydra_scale.checkpoint.folder import CheckpointFolder
@@ -197,6 +201,93 @@ def save_and_die(path: Path, count: int, asynchronous: bool) -> None:
     else:
         write(folder, 2)
     folder.retain(1)
+
+
+CHANGES = {"mkdir": "os.mkdir", "rename": "os.rename", "unlink": "os.remove", "rmdir": "os.rmdir", "open": "open"}
+"""What the test above dies at, and the interpreter's own word for it."""
+LOOKS = ("os.listdir", "os.scandir")
+
+
+def test_nothing_changes_the_file_system_behind_the_test_above(folder: CheckpointFolder) -> None:
+    """The interpreter's audit sees as many changes as are intercepted there, of no other kind."""
+    write(folder, 1)
+    audited, intercepted = run_ranks(1, save_and_count, folder.path)[0]
+    assert audited == {CHANGES[name]: count for name, count in intercepted.items()}
+    assert sum(intercepted.values()) == 1 + 3 + (1 + 1 + 3 + 1)
+
+
+def save_and_count(path: Path) -> tuple[Counter[str], Counter[str]]:
+    """Changes of the file system under `path` while step 2 is saved and step 1 deleted: audited, and intercepted."""
+    audited: Counter[str] = Counter()
+    intercepted: Counter[str] = Counter()
+
+    def counted(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            intercepted[name] += 1
+            return operation(*args, **kwargs)
+
+        return wrapper
+
+    def listen(event: str, args: tuple[Any, ...]) -> None:
+        reads = event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        within_folder = len(args) > 1 and type(args[1]) is int and args[1] >= 0  # given by a descriptor
+        if listening and not reads and (event == "open" or event.startswith("os.")) and event not in LOOKS:
+            audited[event] += str(path) in str(args[0]) or within_folder
+
+    listening = False
+    sys.addaudithook(listen)
+    for name in ("rename", "replace", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, counted(name, getattr(os, name)))
+    Path.write_bytes = counted("open", Path.write_bytes)  # type: ignore[method-assign]
+    Path.write_text = counted("open", Path.write_text)  # type: ignore[method-assign]
+    save_module.save_file = counted("open", lambda tensors, target: target.open("wb").write(serialised(tensors)))
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    listening = True
+    write(CheckpointFolder(path), 2)
+    CheckpointFolder(path).retain(1)
+    listening = False
+    return audited, intercepted
+
+
+def test_what_the_disk_does_not_give_is_named_and_passed_over(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A bad sector in the newest: the one before it is used, on every rank, which wait for the first."""
+    write(folder, 1)
+    bad, sound = write(folder, 2), manifest_module.sha256_file
+
+    def from_a_bad_disk(path: Path) -> str:
+        if path.parent == bad:
+            raise OSError(5, "Input/output error")
+        return sound(path)
+
+    monkeypatch.setattr(manifest_module, "sha256_file", from_a_bad_disk)
+    assert folder.newest_whole() == folder.at(1)
+    assert "rank00000.safetensors: cannot be read: Input/output error; look at the disk" in caplog.text
+    with CheckpointReader(folder.at(1)) as reader, pytest.raises(CheckpointError, match="layer.bias@0: cannot be read"):
+        (folder.at(1) / "rank00000.safetensors").unlink()
+        reader.tensor("parameter/layer.bias")
+
+
+def test_what_cannot_be_deleted_does_not_end_the_run(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for step in (1, 2, 3, 4):
+        write(folder, step)
+    remove = folder_module.remove_folder
+
+    def busy(path: Path) -> None:
+        if path == folder.at(1):
+            raise OSError(16, "Device or resource busy")
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder_module, "remove_folder", busy)
+        folder.retain(2)
+    assert folder.steps() == [1, 3, 4]
+    assert "step-00000001: cannot be deleted: [Errno 16] Device or resource busy" in caplog.text
+    folder.retain(2)
+    assert folder.steps() == [3, 4]
 
 
 def test_wrong_shapes_names_and_versions_are_named(folder: CheckpointFolder) -> None:

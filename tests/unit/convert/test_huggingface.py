@@ -1,8 +1,11 @@
 """Exported folders load with transformers alone, fill masks, embed, train, and are exact under padding."""
 
+import importlib
 import json
 import os
 import random
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -97,6 +100,66 @@ def test_sequence_classification_trains_and_saves(exported: tuple[Path, Path], t
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
     with pytest.raises(CheckpointError, match="no masked language model head among its"):
         convert("huggingface", "public-hydra", tmp_path, tmp_path / "o.pt")
+
+
+def test_the_kind_of_problem_decides_the_loss(exported: tuple[Path, Path]) -> None:
+    """As in the library: what `problem_type` says, whatever the labels' type and number."""
+    functions = torch.nn.functional
+    ids, values, several = torch.randint(5, 400, (4, 9)), torch.randn(4, 2), torch.randint(0, 2, (4, 2))
+    for kind, labels, loss in (
+        ("regression", values, lambda logits: functions.mse_loss(logits, values)),
+        ("single_label_classification", several[:, 0], lambda logits: functions.cross_entropy(logits, several[:, 0])),
+        (
+            "multi_label_classification",
+            several,
+            lambda logits: functions.binary_cross_entropy_with_logits(logits, several.float()),
+        ),
+    ):
+        model = AutoModelForSequenceClassification.from_pretrained(
+            exported[1], trust_remote_code=True, num_labels=2, problem_type=kind
+        ).eval()
+        output = model(input_ids=ids, labels=labels)
+        torch.testing.assert_close(output.loss, loss(output.logits))
+
+
+def test_vectors_in_the_place_of_ids(exported: tuple[Path, Path]) -> None:
+    """What adapters and probes pass, beside a mask; matrices of attention are refused, not left out."""
+    mask = torch.tensor([[1] * 9, [1] * 4 + [0] * 5])
+    ids = torch.randint(5, 400, (2, 9))
+    for kind in (AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = kind.from_pretrained(exported[1], trust_remote_code=True).eval()
+        words = model.get_input_embeddings()(ids)
+        found = model(inputs_embeds=words, attention_mask=mask, output_attentions=False).logits
+        torch.testing.assert_close(found, model(input_ids=ids, attention_mask=mask).logits)
+        for both in ({}, {"input_ids": ids, "inputs_embeds": words}):
+            with pytest.raises(ValueError, match="give input_ids or inputs_embeds, one of the two"):
+                model(**both)
+        with pytest.raises(ValueError, match="keeps no attention matrices"):
+            model(input_ids=ids, output_attentions=True)
+
+
+def test_the_modelling_file_names_all_others(hydra: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.0 copies to its cache what the modelling file names, and not what those name in turn."""
+    (package := tmp_path / "copied_by_an_early_release").mkdir()
+    (package / "__init__.py").touch()
+    text = (hydra / "model" / "modeling_hydra.py").read_text()
+    for name in ("modeling_hydra", *re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE)):
+        shutil.copy(hydra / "model" / f"{name}.py", package)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.import_module(f"{package.name}.modeling_hydra").HydraForMaskedLM
+
+
+def test_loaded_weights_are_not_drawn_again(exported: tuple[Path, Path]) -> None:
+    """transformers 5.0 initialises every module after loading, and marks the parameters that it loaded."""
+    model = AutoModelForMaskedLM.from_pretrained(exported[1], trust_remote_code=True)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    fresh = "head.dense.weight"
+    for name, parameter in model.named_parameters():
+        parameter._is_hf_initialized = name != fresh
+    for module in model.modules():
+        model._init_weights(module)
+    changed = [name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])]
+    assert changed == [fresh]
 
 
 def test_token_classification_trains(exported: tuple[Path, Path]) -> None:
