@@ -72,6 +72,41 @@ def kernels(
 
 
 @bench.command()
+def tune(
+    headdim: Annotated[int, typer.Option(min=1, max=128, help="Channels of a head.")] = 64,
+    d_state: Annotated[int, typer.Option(min=1, max=128, help="Width of the state.")] = 64,
+    dtype: Annotated[str, typer.Option(help="bf16 | fp16 | fp32")] = "bf16",
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of a call.")] = 65536,
+    channels: Annotated[int, typer.Option(min=1, help="Of all heads together.")] = 2048,
+    output: Output = Path("bench"),
+) -> None:
+    """Search for the fastest launches of the scan's kernels on this device, once; later processes read the result.
+
+    Takes minutes, for each of some forty settings is compiled. The file is ~/.cache/hydra_kernels/DEVICE.json, or lies
+    in the folder of HYDRA_KERNELS_TUNED; without it the shipped table is used, or a rule.
+    """
+    from hydra_kernels.triton_language import available, interpreted
+    from hydra_scale.accelerator import choose_accelerator
+    from hydra_scale.bench.instrument import instrument_for
+    from hydra_scale.bench.table import on_this_machine
+    from hydra_scale.errors import ConfigError, EnvironmentFault
+
+    accelerator = choose_accelerator(0)
+    place = accelerator.device
+    if not available or (place.type != "cuda" and not interpreted):
+        raise EnvironmentFault("bench tune: needs Triton and a GPU, whose kernels it times; run it where they are")
+    from hydra_kernels.tuned import file_of
+    from hydra_scale.bench.tune import DTYPES, Shape, run
+
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    shape = Shape(headdim, d_state, dtype, tokens, channels)
+    origin = on_this_machine(place, accelerator.name, dtype)
+    _collect(run(shape, place, instrument_for(place)), output / "tune.csv", origin)
+    typer.echo(f"settings   {file_of(place)}")
+
+
+@bench.command()
 def training(
     config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some.")],
     seqlen: Seqlen = None,

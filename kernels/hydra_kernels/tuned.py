@@ -45,12 +45,10 @@ KERNELS = ("sweep", "output", "transposed", "within", "across")
 _Key = tuple[int, int, str]
 """headdim, d_state, dtype."""
 
-SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {
-    (9, 0): {
-        (64, 64, "bfloat16"): Settings(64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2)),
-    }
-}
-"""By compute capability; measured on an NVIDIA H100 80GB HBM3 by `hydra-scale bench tune`."""
+_WIDTH_64 = Settings(64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2))
+
+SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {(9, 0): {(64, 64, "bfloat16"): _WIDTH_64}}
+"""By compute capability; measured on an NVIDIA H100 80GB HBM3 (docs/performance.md)."""
 
 
 def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.device) -> Settings:
@@ -59,12 +57,10 @@ def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.devic
     Raises ValueError, naming file and key, if the device's file cannot be understood.
     """
     key = (headdim, d_state, str(dtype).removeprefix("torch."))
-    if device.type == "cuda":
-        measured = read(file_of(device)).get(key)
-        shipped = SHIPPED.get(torch.cuda.get_device_capability(device), {}).get(key)
-        if measured or shipped:
-            return measured or shipped  # type: ignore[return-value]
-    return by_rule(headdim, d_state, dtype)
+    measured = read(file_of(device)).get(key)
+    if measured is None and device.type == "cuda":
+        measured = SHIPPED.get(torch.cuda.get_device_capability(device), {}).get(key)
+    return measured or by_rule(headdim, d_state, dtype)
 
 
 def by_rule(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
@@ -75,7 +71,7 @@ def by_rule(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
             return Settings(32, 32, Launch(4, 1), *(Launch(8, 1),) * 4)
         return Settings(64, 32, *(Launch(4, 3),) * 3, *(Launch(8, 2),) * 2)
     if (headdim, d_state) == (64, 64):
-        return Settings(64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2))
+        return _WIDTH_64
     if widest > 64:
         return Settings(64, 32, *(Launch(4, 3),) * 3, *(Launch(8, 2),) * 2)
     return Settings(128, 64, Launch(4, 3), *(Launch(8, 3),) * 2, *(Launch(8, 2),) * 2)
