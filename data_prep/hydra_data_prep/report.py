@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 
 from hydra_data_prep.registry import CORPORA
+from hydra_scale.data.folder_tokenizer import tokenizer_of
 from hydra_scale.data.manifest import DROPPED, WORDS, Manifest, SplitEntry, read_manifest
 from hydra_scale.data.shards import document_labels, token_counts
-from hydra_scale.data.tokenizer import tokenizer_of
 
 _CLASSES_NAMED = 10
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from hydra_scale.data.folder_tokenizer import tokenizer_of
 from hydra_scale.data.manifest import MANIFEST, TOKENIZER_FOLDER, Block, read_manifest
 from hydra_scale.data.shards import TokenStore, document_labels, token_counts
-from hydra_scale.data.tokenizer import tokenizer_of
 from hydra_scale.errors import DataError
 
 _FIELDS = ("tokens", "lengths", "labels")

@@ -9,13 +9,13 @@ import numpy as np
 
 from hydra_scale.config import DataConfig
 from hydra_scale.data.arriving import ArrivingShards
+from hydra_scale.data.folder_tokenizer import tokenizer_of
 from hydra_scale.data.manifest import read_manifest
 from hydra_scale.data.mixture import Mixture
 from hydra_scale.data.order import Pieces, SequenceOrder, ShardGroups
 from hydra_scale.data.ranges import ranges
 from hydra_scale.data.remote import arrives, localised
 from hydra_scale.data.shards import Split, TokenStore
-from hydra_scale.data.tokenizer import tokenizer_of
 from hydra_scale.errors import DataError
 
 SetAside = Mapping[str, Collection[str]]

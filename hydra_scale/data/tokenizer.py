@@ -18,7 +18,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import sentencepiece
 
-from hydra_scale.data.manifest import TOKENIZER_FOLDER, Manifest
 from hydra_scale.errors import DataError
 
 PAD_ID, UNK_ID, CLS_ID, SEP_ID, MASK_ID = range(5)
@@ -382,18 +381,3 @@ def normalise_text(text: str) -> str:
 
 def _framed(body: np.ndarray) -> np.ndarray:
     return np.concatenate([np.array([CLS_ID], np.uint32), body, np.array([SEP_ID], np.uint32)])
-
-
-def tokenizer_of(folder: Path, manifest: Manifest) -> Tokenizer:
-    """The tokenizer of a prepared folder.
-
-    Raises:
-        DataError: it is missing, damaged, or not the one that the manifest names.
-    """
-    tokenizer = Tokenizer.load(folder / TOKENIZER_FOLDER)
-    if (tokenizer.sha256, tokenizer.vocab_size) != (manifest.tokenizer.sha256, manifest.tokenizer.vocab_size):
-        raise DataError(
-            f"{folder / TOKENIZER_FOLDER}: {tokenizer.kind} tokenizer {tokenizer.sha256[:12]}, the manifest says"
-            f" {manifest.tokenizer.kind} {manifest.tokenizer.sha256[:12]}; copy the folder again"
-        )
-    return tokenizer
