@@ -165,9 +165,14 @@ def triton_scan(
 
 
 def _rows(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """Batch and sequence as one dimension; a copy only where strides or a strided last dimension force one."""
+    """Batch and sequence as one dimension; a copy only where strides force one.
+
+    Strides of and within a token are constants of a compiled kernel. So the last dimension is dense, and tokens lie
+    furthest apart: heads that do would do so by the number of tokens, and every length would be compiled anew.
+    """
     flat = tensor.flatten(dim, dim + 1)
-    return flat if flat.stride(-1) == 1 else flat.contiguous()
+    within = flat.stride()[dim + 1 :]
+    return flat if within[-1] == 1 and max(within) <= max(1, flat.stride(dim)) else flat.contiguous()
 
 
 @custom_op(f"{OPERATORS}::conv_silu", mutates_args=())

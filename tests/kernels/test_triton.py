@@ -9,6 +9,7 @@ from test_mixer import FILES, load
 from test_scan import borders, make_inputs
 
 from hydra_kernels import HydraMixer, add_norm, depthwise_conv_silu, quasiseparable_scan
+from hydra_kernels.triton_operators import _rows
 
 FP32 = 1e-5
 
@@ -70,6 +71,19 @@ def test_gradients_and_inputs_of_any_stride() -> None:
         return {name: leaf.grad for name, leaf in leaves.items()}
 
     assert_all_close(summed(torch.float32, "triton"), summed(torch.float64, "reference"), FP32)
+
+
+def test_heads_may_lie_further_apart_than_tokens() -> None:
+    """As attention lays them out: (batch, heads, tokens, channels) seen the other way round. The kernels' constants
+    do not depend on the number of tokens then either."""
+    inputs = {name: tensor.float() for name, tensor in make_inputs(1, 20, 2, 16, 1, 16).items()}
+    turned = inputs | {"x_BLHP": inputs["x_BLHP"].transpose(1, 2).contiguous().transpose(1, 2)}
+    assert turned["x_BLHP"].stride(2) == 20 * 16 and _rows(turned["x_BLHP"], 0).stride() == (32, 16, 1)
+    found, expected = (
+        with_gradients(lambda **values: quasiseparable_scan(**values, chunk_size=16, backend="triton"), given)
+        for given in (turned, inputs)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 @pytest.mark.parametrize("taps", [1, 3, 7])
