@@ -54,7 +54,7 @@ SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {(9, 0): {(64, 64, "bfloa
 def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.device) -> Settings:
     """For kernels on tensors of `dtype` on `device`.
 
-    Raises ValueError, naming file and key, if the device's file cannot be understood.
+    Raises ValueError, naming the device's file, if it cannot be read or understood.
     """
     key = (headdim, d_state, str(dtype).removeprefix("torch."))
     measured = read(file_of(device)).get(key)
@@ -80,7 +80,8 @@ def by_rule(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
 def file_of(device: torch.device) -> Path:
     """Where the measured settings of a device lie: one file for each kind of device and release of Triton."""
     folder = os.environ.get(FOLDER)
-    base = Path(folder) if folder else Path.home() / ".cache" / "hydra_kernels"
+    # unlike Path.home, expanduser does not fail where a user has no home, as in some containers
+    base = Path(folder or os.path.expanduser("~/.cache/hydra_kernels"))  # noqa: PTH111
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     release = ".".join(triton.__version__.split(".")[:2])
     return base / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-triton-{release}.json"
@@ -93,6 +94,8 @@ def read(path: Path) -> dict[_Key, Settings]:
         text = path.read_text()
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); mend it, or name a folder in {FOLDER}") from None
     try:
         return {(row["headdim"], row["d_state"], row["dtype"]): _settings(row) for row in json.loads(text)}
     except (ValueError, TypeError, KeyError) as error:

@@ -36,9 +36,24 @@ def test_a_file_comes_before_the_rule_for_its_shapes_only() -> None:
 
 
 def test_what_a_process_has_read_stays() -> None:
+    rule = by_rule(16, 16, torch.float32)
+    write(file_of(CPU), {(16, 16, "float32"): rule._replace(forward_chunk=16)})
     before = settings(16, 16, torch.float32, CPU)
-    file_of(CPU).write_text("[]")
-    assert settings(16, 16, torch.float32, CPU) == before
+    file_of(CPU).unlink()  # as another process would
+    assert before != rule and settings(16, 16, torch.float32, CPU) == before
+
+
+def test_without_a_home_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(tuned.FOLDER)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda _: (_ for _ in ()).throw(KeyError("no such user")))
+    assert settings(16, 16, torch.float32, CPU) == by_rule(16, 16, torch.float32)
+
+
+def test_a_file_that_cannot_be_read_is_named() -> None:
+    file_of(CPU).mkdir()
+    with pytest.raises(ValueError, match=rf"{file_of(CPU).name}: cannot be read"):
+        settings(16, 16, torch.float32, CPU)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +124,8 @@ def test_the_search_keeps_what_is_faster_and_writes_it(monkeypatch: pytest.Monke
     assert rows[-1].implementation == "chosen" and rows[-1].milliseconds == pytest.approx(700)
 
 
-def test_the_search_runs_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_search_runs_both_passes() -> None:
     fields = {"backward_chunk": (16, 32), "sweep": (Launch(4, 1),)}
-    monkeypatch.setattr(tune, "FIELDS", fields)
     rows = [
         row
         for group in tune.run(tune.Shape(16, 16, "fp32", 40, 16), CPU, CpuInstrument(), num_rounds=1, fields=fields)
