@@ -1,18 +1,35 @@
-"""Where a layer leaves the residual stream."""
+"""What runs from layer to layer."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 
-def branched(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x for the residual sum, and the same for the layer: under autocast in its dtype, so that what the layer passes
-    to other ranks travels in 16 bits, and one kernel adds the two gradients."""
-    if not torch.is_autocast_enabled(x.device.type):
-        return x, x
-    stream, entering = _Branch.apply(x, torch.get_autocast_dtype(x.device.type))
-    return stream, entering
+class Stream(NamedTuple):
+    """The residual stream between two layers."""
+
+    x_TD: torch.Tensor
+    """What the next layer's output is added to."""
+    entering_TD: torch.Tensor
+    """The same as the next layer reads it: under autocast in its dtype, so that what the layer passes to other ranks
+    travels in 16 bits, and one kernel adds the two gradients."""
+
+
+def read_as(device_type: str) -> torch.dtype | None:
+    """The dtype in which layers read a stream of another one; None: they read the stream itself."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def unbranched(x_TD: torch.Tensor) -> Stream:
+    """Where a layer begins with a norm: that reads the stream itself."""
+    return Stream(x_TD, x_TD)
+
+
+def branched(x_TD: torch.Tensor) -> Stream:
+    """Of vectors that stand alone; behind a layer its norm makes both (`hydra_kernels.add_norm`)."""
+    dtype = read_as(x_TD.device.type)
+    return unbranched(x_TD) if dtype is None else Stream(*_Branch.apply(x_TD, dtype))
 
 
 class _Branch(torch.autograd.Function):

@@ -5,7 +5,7 @@ from torch import nn
 
 from hydra_scale.config import ModelConfig, RecomputeConfig
 from hydra_scale.model.attention import Attention
-from hydra_scale.model.branch import branched
+from hydra_scale.model.branch import Stream, branched, unbranched
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.mlp import Mlp
 from hydra_scale.model.norm import make_norm
@@ -26,11 +26,12 @@ class Layer(nn.Module):
         self.norm = make_norm(config, config.norm_eps, tensor)
         self._pre_norm, self._backend = config.norm_position == "pre", config.mixer.backend
 
-    def forward(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
+    def forward(self, stream: Stream, stretch: Stretch) -> Stream:
         """(T, D) -> (T, D), under sequence parallelism the rows of this rank's tokens."""
+        x_TD, entering_TD = stream
         if self._pre_norm:
-            return x_TD + self.mixer(self.norm(x_TD), stretch)
-        x_TD, entering_TD = branched(x_TD)
+            x_TD = x_TD + self.mixer(self.norm(x_TD), stretch)
+            return unbranched(x_TD)
         return self.norm.of_sum(x_TD, self.mixer(entering_TD, stretch), self._backend)
 
 
@@ -46,17 +47,19 @@ class Encoder(nn.Module):
     ) -> None:
         super().__init__()
         self._recompute, self._chunks = recompute, stage.chunks(config.num_layers)
+        pre_norm = config.norm_position == "pre"
+        self._branch = unbranched if pre_norm else branched
         # By the number in the whole encoder, so that names are those of checkpoints.
         self.layers = nn.ModuleDict(
             {str(index): Layer(config, config.layer_kinds[index], tensor) for chunk in self._chunks for index in chunk}
         )
-        normalises = config.norm_position == "pre" and stage.is_last
+        normalises = pre_norm and stage.is_last
         self.final_norm = make_norm(config, config.embedding_norm_eps, tensor) if normalises else None
 
     def forward(self, x_TD: torch.Tensor, stretch: Stretch, chunk: int = 0) -> torch.Tensor:
         """(T, D) -> (T, D) through a chunk of the layers here, documents laid end to end."""
         layers = [(index, self.layers[str(index)]) for index in self._chunks[chunk]]
-        x_TD = run_layers(layers, x_TD, stretch, self._recompute)
+        x_TD = run_layers(layers, x_TD, stretch, self._recompute, self._branch)
         if self.final_norm is None or chunk < len(self._chunks) - 1:
             return x_TD
         return self.final_norm(x_TD)

@@ -86,7 +86,7 @@ class HydraLayerMixer(nn.Module):
         mixed_1TI = hydra_mix(
             projected_1TE, self._weights(), self._shape, cu_seqlens=stretch.documents, backend=backend
         )
-        return self.out_proj(mixed_1TI[0])
+        return self.out_proj(mixed_1TI.squeeze(0))  # [0] would copy the gradient
 
     def _mix_a_part(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """The same where this rank holds some of the heads, some of the tokens, or both.
@@ -122,7 +122,7 @@ class HydraLayerMixer(nn.Module):
             width=self._d_inner,
             backend=backend,
         )
-        return mixed_1TI[0]
+        return mixed_1TI.squeeze(0)
 
     def _project(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
         """Of the rank's tokens, and of those beside them that the convolution reads."""
@@ -149,7 +149,7 @@ class HydraLayerMixer(nn.Module):
             starts_T=starts_T,
             ends_T=ends_T,
             exchange=StateExchange(context),
-        )[0]
+        ).squeeze(0)
 
     def _weights(self) -> MixWeights:
         """Read through their modules, so that ZeRO 3 gathers them."""

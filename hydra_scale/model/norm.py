@@ -5,6 +5,7 @@ from torch import nn
 
 from hydra_kernels import add_norm
 from hydra_scale.config import ModelConfig
+from hydra_scale.model.branch import Stream, read_as
 from hydra_scale.parallel.tensor import seen_by_all
 from hydra_scale.topology import ALONE, TensorRanks
 
@@ -22,10 +23,10 @@ class LayerNorm(nn.LayerNorm):
         weight, bias = (seen_by_all(parameter, self._tensor) for parameter in (self.weight, self.bias))
         return nn.functional.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
-    def of_sum(self, x_TD: torch.Tensor, branch_TD: torch.Tensor, backend: str) -> torch.Tensor:
+    def of_sum(self, x_TD: torch.Tensor, branch_TD: torch.Tensor, backend: str) -> Stream:
         """Of the residual stream and what a layer adds to it."""
         weight, bias = (seen_by_all(parameter, self._tensor) for parameter in (self.weight, self.bias))
-        return add_norm(x_TD, branch_TD, weight, bias, eps=self.eps, backend=backend)
+        return _stream_of_sum(x_TD, branch_TD, weight, bias, self.eps, backend)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -41,10 +42,23 @@ class RMSNorm(nn.RMSNorm):
         weight = seen_by_all(self.weight, self._tensor)
         return nn.functional.rms_norm(x.to(weight.dtype), self.normalized_shape, weight, self.eps)
 
-    def of_sum(self, x_TD: torch.Tensor, branch_TD: torch.Tensor, backend: str) -> torch.Tensor:
+    def of_sum(self, x_TD: torch.Tensor, branch_TD: torch.Tensor, backend: str) -> Stream:
         """Of the residual stream and what a layer adds to it."""
         weight = seen_by_all(self.weight, self._tensor)
-        return add_norm(x_TD, branch_TD, weight, None, eps=self._eps, backend=backend)
+        return _stream_of_sum(x_TD, branch_TD, weight, None, self._eps, backend)
+
+
+def _stream_of_sum(
+    x_TD: torch.Tensor,
+    branch_TD: torch.Tensor,
+    weight_D: torch.Tensor,
+    bias_D: torch.Tensor | None,
+    eps: float,
+    backend: str,
+) -> Stream:
+    also = read_as(x_TD.device.type)
+    found = add_norm(x_TD, branch_TD, weight_D, bias_D, eps=eps, also=also, backend=backend)
+    return Stream(found, found) if isinstance(found, torch.Tensor) else Stream(*found)
 
 
 def make_norm(config: ModelConfig, eps: float, tensor: TensorRanks = ALONE) -> LayerNorm | RMSNorm:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -9,44 +10,63 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hydra_scale.config import RecomputeConfig
+from hydra_scale.model.branch import Stream
 from hydra_scale.model.stretch import Stretch
 
 KEEP_ALL = RecomputeConfig()
 """Nothing is computed again."""
 
 
-def run_layers(
-    layers: Sequence[tuple[int, nn.Module]], x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig
-) -> torch.Tensor:
-    """The layers, each with its number, one after the other, keeping what `config` says. Gradients do not change.
+_Layers = Sequence[tuple[int, nn.Module]]
+"""Each with its number; called as layer(stream, stretch)."""
+_Branch = Callable[[torch.Tensor], Stream]
 
+
+def run_layers(
+    layers: _Layers, x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig, branch: _Branch
+) -> torch.Tensor:
+    """The layers one after the other, keeping what `config` says. Gradients do not change.
+
+    branch: the stream that the first of some layers reads; what is computed again starts from x alone.
     No generator state is kept: dropout is a function of the token.
     """
-    if config.together == 1 or config.kind == "none" or not torch.is_grad_enabled():
-        return _run_each(layers, x_TD, stretch, config)
+    if config.kind == "none" or not torch.is_grad_enabled():
+        return _run(layers, x_TD, stretch, branch)
+    if config.together == 1:
+        return _run_each(layers, x_TD, stretch, config, branch)
     for begin in range(0, len(layers), config.together):
         some = layers[begin : begin + config.together]
-        found = checkpoint(_run_each, some, x_TD, stretch, config, use_reentrant=False, preserve_rng_state=False)
-        assert isinstance(found, torch.Tensor)
-        x_TD = found
+        x_TD = _again(_run_each, some, x_TD, stretch, config, branch)
     return x_TD
 
 
 def _run_each(
-    layers: Sequence[tuple[int, nn.Module]], x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig
+    layers: _Layers, x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig, branch: _Branch
 ) -> torch.Tensor:
-    for index, layer in layers:
-        x_TD = _run_layer(layer, index, x_TD, stretch, config)
+    """Those that are computed again one by one, and what stands between them at once."""
+    options: dict[str, Any] = {}
+    if config.kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps(config.keep))
+    for recomputes, block in groupby(layers, lambda layer: layer[0] % config.every == 0):
+        if not recomputes:
+            x_TD = _run(list(block), x_TD, stretch, branch)
+            continue
+        for layer in block:
+            x_TD = _again(_run, [layer], x_TD, stretch, branch, **options)
     return x_TD
 
 
-def _run_layer(layer: nn.Module, index: int, x_TD: torch.Tensor, stretch: Stretch, config: RecomputeConfig) -> Any:
-    if config.kind == "none" or index % config.every or not torch.is_grad_enabled():
-        return layer(x_TD, stretch)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if config.kind == "selective":
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keeps(config.keep))
-    return checkpoint(layer, x_TD, stretch, **options)
+def _run(layers: _Layers, x_TD: torch.Tensor, stretch: Stretch, branch: _Branch) -> torch.Tensor:
+    stream = branch(x_TD)
+    for _, layer in layers:
+        stream = layer(stream, stretch)
+    return stream.x_TD
+
+
+def _again(run: Callable[..., torch.Tensor], *arguments: object, **options: Any) -> torch.Tensor:
+    found = checkpoint(run, *arguments, use_reentrant=False, preserve_rng_state=False, **options)
+    assert isinstance(found, torch.Tensor)
+    return found
 
 
 def _keeps(names: tuple[str, ...]) -> Callable[..., CheckpointPolicy]:

@@ -17,19 +17,25 @@ def add_norm(
     bias: torch.Tensor | None,
     *,
     eps: float = 1e-5,
+    also: torch.dtype | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """LayerNorm(x + branch), or without a bias RMSNorm(x + branch), in one pass over memory each way.
 
     x: (..., D), the residual stream; branch: the same shape, possibly of a smaller dtype; weight, bias: (D,).
-    Summed and normalised in fp32 (fp64), returned in x's dtype. Raises ValueError for an unknown backend.
+    Summed and normalised in fp32 (fp64), returned in x's dtype; given `also`, a pair of that and the same in that
+    dtype, as the next layer reads it: no pass of its own for the cast, nor for the sum of the two gradients.
+    Raises ValueError for an unknown backend.
     """
     backend = resolve_backend(backend, x)
     dtype = working_dtype(x)
     with without_autocast(x):
         if backend == "triton" and x.numel():
-            return triton_add_norm(x.flatten(0, -2), branch.flatten(0, -2), weight, bias, eps).view(x.shape)
+            found, low = triton_add_norm(x.flatten(0, -2), branch.flatten(0, -2), weight, bias, eps, also)
+            return found.view(x.shape) if also is None else (found.view(x.shape), low.view(x.shape))
         total, width = x.to(dtype) + branch.to(dtype), x.shape[-1:]
         if bias is None:
-            return torch.nn.functional.rms_norm(total, width, weight.to(dtype), eps).to(x.dtype)
-        return torch.nn.functional.layer_norm(total, width, weight.to(dtype), bias.to(dtype), eps).to(x.dtype)
+            found = torch.nn.functional.rms_norm(total, width, weight.to(dtype), eps)
+        else:
+            found = torch.nn.functional.layer_norm(total, width, weight.to(dtype), bias.to(dtype), eps)
+        return found.to(x.dtype) if also is None else (found.to(x.dtype), found.to(also))

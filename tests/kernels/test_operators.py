@@ -78,6 +78,10 @@ CASES: dict[str, Case] = {
         lambda x, branch, weight, bias: add_norm(x, branch, weight, bias, backend="triton"),
         lambda: [drawn(T, D), drawn(T, D, dtype=torch.bfloat16), drawn(D), drawn(D)],
     ),
+    "sum and layer norm, also in bf16": (
+        lambda x, branch, weight, bias: add_norm(x, branch, weight, bias, also=torch.bfloat16, backend="triton"),
+        lambda: [drawn(T, D), drawn(T, D, dtype=torch.bfloat16), drawn(D), drawn(D)],
+    ),
     "sum and RMS norm": (
         lambda x, branch, weight: add_norm(x, branch, weight, None, backend="triton"),
         lambda: [drawn(T, D), drawn(T, D), drawn(D)],

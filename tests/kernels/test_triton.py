@@ -173,3 +173,22 @@ def test_add_norm_of_a_stream_in_fp32_and_a_layer_in_bf16() -> None:
     assert y.dtype == torch.float32 and torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(x.grad, total.grad, atol=1e-5)
     assert branch.grad.dtype == torch.bfloat16 and torch.allclose(branch.grad.float(), x.grad, rtol=2**-7)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("seen", ["both", "stream", "twin"])
+def test_add_norm_once_more_in_bf16(backend: str, seen: str) -> None:
+    """Both results are the rounded norm, and the gradient is that of the sum of what both of them, or one, got back."""
+    x, branch, weight, bias = (torch.randn(*size, requires_grad=True) for size in ((5, 48), (5, 48), (48,), (48,)))
+    of_stream, of_twin = torch.randn(5, 48), torch.randn(5, 96).bfloat16()[:, ::2]
+    stream, twin = add_norm(x, branch, weight, bias, also=torch.bfloat16, backend=backend)
+    expected = torch.nn.functional.layer_norm(x + branch, (48,), weight, bias)
+    torch.testing.assert_close(stream, expected, atol=1e-5, rtol=1e-5)
+    assert twin.dtype == torch.bfloat16
+    torch.testing.assert_close(twin.float(), stream, atol=0.0, rtol=2**-7)  # Triton's interpreter cuts, and rounds not
+    results = {"both": (stream, twin), "stream": (stream,), "twin": (twin,)}[seen]
+    grads = {"both": (of_stream, of_twin), "stream": (of_stream,), "twin": (of_twin,)}[seen]
+    found = torch.autograd.grad(results, (x, branch, weight, bias), grads)
+    total = sum(grad.float() for grad in grads)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, (x, branch, weight, bias), total), strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
