@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from hydra_kernels import Entered, Leaving, entered_from
 from hydra_scale.topology import Context
 
 _Message = tuple[int, torch.Tensor]
@@ -33,15 +34,18 @@ def _transfer(context: Context, sends: list[_Message], receives: list[_Message])
         work.wait()
 
 
-def swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the left neighbour sent to the right and the right one to the left; zeros beyond the ends. One shape."""
+def swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> torch.Tensor:
+    """(2, ...): what the left neighbour sent to the right and the right one to the left; zeros beyond the ends.
+
+    The two are of one shape.
+    """
     to_left, to_right = to_left.contiguous(), to_right.contiguous()
-    from_left, from_right = (
-        torch.zeros_like(like) if context.neighbour(step) is None else torch.empty_like(like)
-        for step, like in ((-1, to_right), (1, to_left))
-    )
-    _transfer(context, [(-1, to_left), (1, to_right)], [(-1, from_left), (1, from_right)])
-    return from_left, from_right
+    received = to_left.new_empty(2, *to_left.shape)
+    for step, came in ((-1, received[0]), (1, received[1])):
+        if context.neighbour(step) is None:
+            came.zero_()
+    _transfer(context, [(-1, to_left), (1, to_right)], [(-1, received[0]), (1, received[1])])
+    return received
 
 
 class _Halo(torch.autograd.Function):
@@ -75,28 +79,34 @@ def with_halo(x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
 class _ProjectedWithHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
-        beside = torch.cat(swap(context, x_TD[:width], x_TD[-width:]))
+        beside_2WD = swap(context, x_TD[:width], x_TD[-width:])
         weight_DE = weight_ED.to(x_TD.dtype).T
         projected = x_TD.new_empty(len(x_TD) + 2 * width, len(weight_ED))
         torch.mm(x_TD, weight_DE, out=projected[width:-width])
-        projected[:width], projected[-width:] = (beside @ weight_DE).chunk(2)
+        torch.bmm(beside_2WD, weight_DE.expand(2, -1, -1), out=_ends(projected, width))
         ctx.width, ctx.context = width, context
-        ctx.save_for_backward(x_TD, beside, weight_ED)
+        ctx.save_for_backward(x_TD, beside_2WD, weight_ED)
         return projected
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, beside, weight_ED = ctx.saved_tensors
+        x_TD, beside_2WD, weight_ED = ctx.saved_tensors
         width = ctx.width
         grad_with_halo = grad @ weight_ED.to(grad.dtype)
         from_left, from_right = swap(ctx.context, grad_with_halo[:width], grad_with_halo[-width:])
         grad_x = grad_with_halo[width:-width]
         grad_x[:width] += from_left
         grad_x[-width:] += from_right
-        of_beside = torch.cat((grad[:width], grad[-width:]))
-        grad_weight = torch.addmm(of_beside.T @ beside, grad[width:-width].T, x_TD)
+        grad_weight = _ends(grad, width).flatten(0, 1).T @ beside_2WD.flatten(0, 1)
+        grad_weight.addmm_(grad[width:-width].T, x_TD)  # in place, for a sum of two products copies the first
         return grad_x, grad_weight.to(weight_ED.dtype), None, None
+
+
+def _ends(rows: torch.Tensor, width: int) -> torch.Tensor:
+    """The first and the last `width` rows (2, width, E), in place."""
+    distance = (len(rows) - width) * rows.stride(0)
+    return rows.as_strided((2, width, rows.shape[1]), (distance, *rows.stride()), rows.storage_offset())
 
 
 def projected_with_halo(x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
@@ -114,21 +124,27 @@ class _Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, own: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        entering, (from_left, from_right) = _chain(own, decay, readout[1], readout[0], context)
-        ctx.context = context
-        ctx.save_for_backward(decay, entering)
-        return entering, torch.stack((from_left, from_right))
+        entered = _chain(_leaving(own, decay, readout), context, "torch")
+        ctx.context, ctx.dtype = context, readout.dtype
+        ctx.save_for_backward(decay, entered.states_2HPN)
+        return entered.states_2HPN, entered.readout_2GN.to(readout.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_entering: torch.Tensor, grad_readout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         decay, entering = ctx.saved_tensors
-        # the other way round: what was carried right comes back from the right
-        grad_own, (from_left, from_right) = _chain(
-            grad_entering.flip(0), decay.flip(0), grad_readout[0], grad_readout[1], ctx.context
-        )
-        grad_own = grad_own.flip(0)
-        return grad_own, (grad_own * entering).sum((2, 3)), torch.stack((from_right, from_left)), None
+        # what came from the left goes back to the left, where it is found as what comes from the right
+        returned = _chain(_leaving(grad_entering, decay, grad_readout.flip(0)), ctx.context, "torch", backward=True)
+        grad_own = returned.states_2HPN
+        return grad_own, (grad_own * entering).sum((2, 3)), returned.readout_2GN.flip(0).to(ctx.dtype), None
+
+
+def _leaving(own_2HPN: torch.Tensor, decay_2H: torch.Tensor, readout_2GN: torch.Tensor) -> Leaving:
+    _, num_heads, headdim, d_state = own_2HPN.shape
+    _, num_groups, width = readout_2GN.shape
+    parts = (own_2HPN, decay_2H, readout_2GN)
+    message = torch.cat([part.flatten().to(own_2HPN.dtype) for part in parts])
+    return Leaving.within(message, (num_heads, headdim, d_state), (num_groups, width))
 
 
 def exchange_states(
@@ -144,69 +160,38 @@ def exchange_states(
 
 
 class StateExchange:
-    """The same for `hydra_kernels.hydra_mix_of_stretch`, which differentiates by itself."""
+    """The same on Triton kernels for `hydra_kernels.hydra_mix_of_stretch`, which differentiates by itself."""
 
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    def states(
-        self, own_2HPN: torch.Tensor, decay_2H: torch.Tensor, readout_2GN: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(self, leaving: Leaving) -> Entered:
         """What enters here."""
-        entering, vectors = _chain(own_2HPN, decay_2H, readout_2GN[1], readout_2GN[0], self._context)
-        return entering, torch.stack(vectors)
+        return _chain(leaving, self._context, "triton")
 
-    def state_gradients(self, own_2HPN: torch.Tensor, decay_2H: torch.Tensor) -> torch.Tensor:
+    def state_gradients(self, leaving: Leaving) -> torch.Tensor:
         """Of the states that leave here: the chain the other way round."""
-        if self._context.exchange == "gather":
-            nothing = own_2HPN.new_empty(0)
-            return _chain_by_gather(own_2HPN, decay_2H, nothing, nothing, self._context, leftwards=0)[0]
-        return _chain_by_neighbours(own_2HPN.flip(0), decay_2H.flip(0), self._context).flip(0)
+        return _chain(leaving, self._context, "triton", backward=True).states_2HPN
 
     def readout_gradients(self, grad_2GN: torch.Tensor) -> torch.Tensor:
-        """Of the vectors that were given to the neighbours."""
-        from_left, from_right = swap(self._context, grad_2GN[0], grad_2GN[1])
-        return torch.stack((from_right, from_left))
+        """Of the vectors that were given to the neighbours, the left one's first."""
+        return swap(self._context, grad_2GN[0], grad_2GN[1])
 
 
-def _chain(
-    own: torch.Tensor, decay: torch.Tensor, to_left: torch.Tensor, to_right: torch.Tensor, context: Context
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """E_{r+1} = own_r[0] + decay_r[0] E_r along the ranks, and with [1] against them; vectors to both neighbours."""
+def _chain(leaving: Leaving, context: Context, backend: str, backward: bool = False) -> Entered:
+    """E_{r+1} = own_r[0] + decay_r[0] E_r along the ranks, and with [1] against them, or `backward` the other way
+    round; vectors from both neighbours."""
     if context.exchange == "gather":
-        return _chain_by_gather(own, decay, to_left, to_right, context)
-    vectors = swap(context, to_left, to_right)  # first: NCCL wants all ranks of a group in its first transfer
-    return _chain_by_neighbours(own, decay, context), vectors
-
-
-def _chain_by_gather(
-    own: torch.Tensor,
-    decay: torch.Tensor,
-    to_left: torch.Tensor,
-    to_right: torch.Tensor,
-    context: Context,
-    leftwards: int = 1,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-    """As `_chain`; `leftwards` is the one of the two that goes against the ranks."""
-    parts = (own, decay, to_left, to_right)
-    message = torch.cat([part.flatten().to(own.dtype) for part in parts])
-    gathered = message.new_empty(context.size, message.numel())
-    dist.all_gather_into_tensor(gathered.view(-1), message, group=context.group)
-    of_rank = [
-        [flat.view(part.shape) for flat, part in zip(row.split([part.numel() for part in parts]), parts, strict=True)]
-        for row in gathered
-    ]
-    entering = torch.zeros_like(own)
-    before, behind = range(context.rank), range(context.size - 1, context.rank, -1)
-    for direction in range(2):
-        ranks = behind if direction == leftwards else before
-        for rank in ranks:
-            added, factor = of_rank[rank][0][direction], of_rank[rank][1][direction]
-            passing = added if rank == ranks[0] else torch.addcmul(added, factor[:, None, None], entering[direction])
-            entering[direction] = passing
-    left = of_rank[context.rank - 1][3] if context.rank else torch.zeros_like(to_right)
-    right = of_rank[context.rank + 1][2] if context.rank + 1 < context.size else torch.zeros_like(to_left)
-    return entering, (left.to(to_right.dtype), right.to(to_left.dtype))
+        messages = leaving.message.new_empty(context.size, leaving.message.numel())
+        dist.all_gather_into_tensor(messages.view(-1), leaving.message, group=context.group)
+        return entered_from(messages, leaving, context.rank, backward=backward, backend=backend)
+    vectors = leaving.readout_2GN
+    if vectors.numel():  # first: NCCL wants all ranks of a group in its first transfer
+        vectors = swap(context, vectors[1], vectors[0])
+    if not backward:
+        return Entered(_chain_by_neighbours(leaving.own_2HPN, leaving.decay_2H, context), vectors)
+    states = _chain_by_neighbours(leaving.own_2HPN.flip(0), leaving.decay_2H.flip(0), context)
+    return Entered(states.flip(0), vectors)
 
 
 def _chain_by_neighbours(own: torch.Tensor, decay: torch.Tensor, context: Context) -> torch.Tensor:

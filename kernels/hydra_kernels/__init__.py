@@ -4,7 +4,7 @@ from .backends import BACKENDS, resolve_backend
 from .border import state_after
 from .conv import depthwise_conv_silu
 from .documents import Documents
-from .exchange import Exchange
+from .exchange import Entered, Exchange, Leaving, entered_from
 from .mix_arguments import MixShape, MixWeights
 from .mixer import HydraMixer, ScanOperands, hydra_mix, hydra_mix_of_stretch, scan_operands
 from .norm import gated_rms_norm, sum_of_squares
@@ -14,13 +14,16 @@ from .scan import quasiseparable_scan
 __all__ = [
     "BACKENDS",
     "Documents",
+    "Entered",
     "Exchange",
     "HydraMixer",
+    "Leaving",
     "MixShape",
     "MixWeights",
     "ScanOperands",
     "add_norm",
     "depthwise_conv_silu",
+    "entered_from",
     "gated_rms_norm",
     "hydra_mix",
     "hydra_mix_of_stretch",

@@ -28,10 +28,19 @@ class Outside(NamedTuple):
         """Without the neighbours' rows."""
         return rows[self.halo : len(rows) - self.halo]
 
-    def clear(self, rows: torch.Tensor) -> None:
-        """Zeros in the neighbours' rows."""
-        rows[: self.halo] = 0
-        rows[len(rows) - self.halo :] = 0
+    def beside(self, rows: torch.Tensor) -> torch.Tensor:
+        """The neighbours' rows (2, halo, columns), in place."""
+        distance = (len(rows) - self.halo) * rows.stride(0)
+        return rows.as_strided((2, self.halo, rows.shape[1]), (distance, *rows.stride()), rows.storage_offset())
+
+    def readers_beside(self, conv_TC: torch.Tensor, shape: MixShape) -> torch.Tensor:
+        """Forward C of the row in front of the stretch, backward C of the one behind it: (2, G, N), in place."""
+        width = shape.ngroups * shape.d_state
+        before = conv_TC[self.halo - 1, shape.d_inner + width :]
+        distance = (len(conv_TC) - 2 * self.halo + 1) * conv_TC.stride(0) + 2 * width
+        return before.as_strided(
+            (2, shape.ngroups, shape.d_state), (distance, shape.d_state, 1), before.storage_offset()
+        )
 
 
 class Kept(NamedTuple):
@@ -91,8 +100,8 @@ def mix_backward(
     grad_TE, grad_conv_TC = torch.empty_like(projected_TE), torch.empty_like(conv_TC)
     own_TE, own_grad_TE, own_conv_TC, own_grad_conv_TC = projected_TE, grad_TE, conv_TC, grad_conv_TC
     if outside is not None:
-        outside.clear(grad_TE)
-        outside.clear(grad_conv_TC)
+        outside.beside(grad_TE).zero_()
+        outside.beside(grad_conv_TC).zero_()
         own_TE, own_grad_TE = outside.own(projected_TE), outside.own(grad_TE)
         own_conv_TC, own_grad_conv_TC = outside.own(conv_TC), outside.own(grad_conv_TC)
     grad_z_TI, _, grad_dt_TH = own_grad_TE.split(shape.widths, dim=1)
@@ -149,11 +158,7 @@ def _mix_inputs(
         own_TC, dt_TH = outside.own(conv_TC), outside.own(dt_TH)
         starts, ends = outside.starts_T, outside.ends_T
         if outside.halo > 0:
-            before_VGN, behind_VGN = (
-                conv_TC[row, shape.d_inner :].unflatten(0, (4, shape.ngroups, shape.d_state))
-                for row in (outside.halo - 1, len(conv_TC) - outside.halo)
-            )
-            beside_2GN = before_VGN[1], behind_VGN[3]  # of B and C forward, B and C backward
+            beside_2GN = outside.readers_beside(conv_TC, shape)
     x_TI = own_TC[:, : shape.d_inner]
     readers = own_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
     if diagonal_TH is None:

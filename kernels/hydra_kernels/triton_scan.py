@@ -8,11 +8,12 @@ Shape letters: T tokens of all rows, H heads, G groups, P channels of a head, N 
 R chunks of a segment; a leading 2 is (forward, backward).
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from .exchange import Entered, Exchange
+from .exchange import Entered, Exchange, Leaving
 from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
 from .triton_output import apply_kernel
@@ -48,16 +49,15 @@ class ScanInputs(NamedTuple):
     initial_2SHPN: torch.Tensor | None
     readout_2SGN: torch.Tensor | None
     chunk_size: int
-    beside_2GN: tuple[torch.Tensor, torch.Tensor] | None = None
-    """Rows of C's memory before its first token, forward, and behind its last, backward, for what an exchange brings:
-    documents that go on elsewhere are read there. Absent: they are read through `readout_2SGN`, which is slower."""
+    beside_2GN: torch.Tensor | None = None
+    """Of C's memory the rows before its first token, forward, and behind its last, backward, for what an exchange
+    brings: documents that go on elsewhere are read there. Absent: they are read through `readout_2SGN`, slower."""
 
     def with_readout(self, entered: Entered) -> "ScanInputs":
         """The same once the vectors of the tokens beside these have come."""
         if self.beside_2GN is None:
             return self._replace(readout_2SGN=entered.readout_2GN[:, None].contiguous())
-        for row_GN, came_GN in zip(self.beside_2GN, entered.readout_2GN, strict=True):
-            row_GN.copy_(came_GN)
+        self.beside_2GN.copy_(entered.readout_2GN)
         return self
 
 
@@ -170,19 +170,23 @@ def _sweep(
     return _Swept(local, prefix, total, total_decay, edges_out, edge_decay, gradient)
 
 
-def _pass(swept: _Swept, initial_2HPN: torch.Tensor | None) -> tuple[_States, torch.Tensor, torch.Tensor]:
-    """States for every chunk, the one behind the last segment (2, H, P, N), and the decay of all (2, H)."""
+def _pass(
+    swept: _Swept, initial_2HPN: torch.Tensor | None, leaving: Leaving | None = None, C_2TGN: torch.Tensor | None = None
+) -> _States:
+    """States for every chunk; filled in: what leaves the stretch, with C the vectors too."""
     num_segments, num_heads, headdim, d_state = swept.total.shape[1:]
     entering = swept.local.new_empty(swept.total.shape)
-    leaving = torch.empty_like(swept.total[:, 0])
-    decay = torch.empty_like(swept.total_decay[:, 0])
     block = min(1024, triton.next_power_of_2(headdim * d_state))
+    _, own, decay, readout = leaving or (None, None, None, None)
+    num_tokens, num_groups = (0, 0) if C_2TGN is None else C_2TGN.shape[1:3]
     pass_kernel[(num_heads, 2, triton.cdiv(headdim * d_state, block))](
-        swept.total, swept.total_decay, initial_2HPN, entering, leaving, decay, num_segments, num_heads,
-        ELEMENTS=headdim * d_state, BLOCK=block, AHEAD=_SEGMENTS_AT_ONCE,
-        GRADIENT=swept.of_gradient, HAS_INITIAL=initial_2HPN is not None,
+        swept.total, swept.total_decay, initial_2HPN, entering, own, decay, C_2TGN, readout, num_segments, num_tokens,
+        num_heads, num_groups, *((0, 0, 0) if C_2TGN is None else C_2TGN.stride()[:3]),
+        ELEMENTS=headdim * d_state, BLOCK=block, AHEAD=_SEGMENTS_AT_ONCE, N=d_state, NP=padded_width(d_state),
+        GRADIENT=swept.of_gradient, HAS_INITIAL=initial_2HPN is not None, HAS_LEAVING=leaving is not None,
+        HAS_READOUT=C_2TGN is not None,
     )  # fmt: skip
-    return _States(swept.local, swept.prefix, entering, swept.of_gradient), leaving, decay
+    return _States(swept.local, swept.prefix, entering, swept.of_gradient)
 
 
 def _edges(swept: _Swept, states: _States, chunks: _Chunks) -> torch.Tensor | None:
@@ -252,16 +256,36 @@ def scan_forward(
     chunks = _chunks(inputs, chosen.forward_chunk)
     steps = _steps(inputs, chunks)
     swept = _sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
-    states, own, decay = _pass(swept, None)
     entered = None
     if exchange is not None:
-        readout = torch.stack((inputs.C_2TGN[0, -1], inputs.C_2TGN[1, 0])).float()
-        entered = Entered(*exchange.states(own, decay, readout))
-        states, *_ = _pass(swept, entered.states_2HPN)
+        leaving = _leaving(swept, inputs.C_2TGN.shape[2:])
+        _pass(swept, None, leaving, inputs.C_2TGN)
+        entered = exchange.states(leaving)
         inputs = inputs.with_readout(entered)
+    states = _pass(swept, None if entered is None else entered.states_2HPN)
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     _apply(inputs, chunks, steps, x_THP, states, y_THP, None, chosen.output)
     return y_THP, _edges(swept, states, chunks), entered
+
+
+def _leaving(swept: _Swept, readers: Sequence[int]) -> Leaving:
+    """Room for what leaves this stretch: fp32."""
+    _, _, num_heads, headdim, d_state = swept.total.shape
+    num_groups, width = readers
+    return Leaving.empty((num_heads, headdim, d_state), (num_groups, width), swept.total)
+
+
+def _readout_gradients(parts_2KTV: torch.Tensor, borders: torch.Tensor | None, num_groups: int) -> torch.Tensor:
+    """(2, S, G, N) fp32: what the first token of each document got for its forward C, and the last for its backward."""
+    num_tokens, columns = parts_2KTV.shape[2:]
+    width = columns // 4
+    if borders is None:  # one view of both, and one sum
+        last = (num_tokens - 1) * columns
+        strides = (num_tokens * columns, last + 2 * width, 1)
+        reading_2V = parts_2KTV.flatten(0, 1).as_strided((parts_2KTV[..., 0, 0].numel(), 2, width), strides, width)
+        return reading_2V.sum(0).view(2, 1, num_groups, -1)
+    reading = parts_2KTV[:, :, torch.stack((borders[:-1], borders[1:] - 1))].sum((0, 1))
+    return torch.stack([reading[d].unflatten(-1, (2, 2, num_groups, -1))[:, d, 1] for d in range(2)])
 
 
 class ScanGradients(NamedTuple):
@@ -299,12 +323,15 @@ def scan_backward(
     if entered is not None:
         inputs = inputs.with_readout(entered)
     swept = _sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
-    states, *_ = _pass(swept, None if entered is None else entered.states_2HPN)
+    states = _pass(swept, None if entered is None else entered.states_2HPN)
     swept_back = _sweep(inputs, chunks, steps, grad_y_THP, grad_final_2SHPN, chosen.sweep, gradient=True)
-    grads, own, decay = _pass(swept_back, None)
-    edges_2SHPN = _edges(swept_back, grads, chunks)
+    grad_leaving_2HPN = None
     if exchange is not None:
-        grads, *_ = _pass(swept_back, exchange.state_gradients(own, decay))
+        leaving = _leaving(swept_back, (0, 0))
+        _pass(swept_back, None, leaving)
+        grad_leaving_2HPN = exchange.state_gradients(leaving)
+    grads = _pass(swept_back, grad_leaving_2HPN)
+    edges_2SHPN = _edges(swept_back, grads, chunks)
     heads = _heads_per_program(chunks, num_heads, num_groups)
     num_parts = num_heads // num_groups // heads
     width = num_groups * d_state
@@ -360,17 +387,12 @@ def scan_backward(
     )  # fmt: skip
     grad_readout = None
     if inputs.readout_2SGN is not None or exchange is not None:
-        if inputs.borders is None:
-            reading = torch.stack((parts[:, :, :1], parts[:, :, -1:]), 2)
-        else:
-            reading = parts[:, :, torch.stack((inputs.borders[:-1], inputs.borders[1:] - 1))]
-        reading = reading.sum((0, 1)).unflatten(-1, (2, 2, num_groups, d_state))
-        grad_readout = torch.stack([reading[direction, :, direction, 1] for direction in range(2)])
+        grad_readout = _readout_gradients(parts, inputs.borders, num_groups)
     if exchange is not None and grad_readout is not None:
-        is_open = torch.stack((inputs.starts_T[0] < 0, inputs.ends_T[-1] > num_tokens))
-        given_2GN = exchange.readout_gradients(grad_readout[:, 0] * is_open[:, None, None])
+        # what no document reads from outside has no gradient: nothing arrives at a token behind a border
+        of_first_GN, of_last_GN = exchange.readout_gradients(grad_readout[:, 0])
         columns = grad_vectors_TV.unflatten(1, (2, 2, num_groups, d_state))
-        columns[-1, 0, 1] += given_2GN[0].to(columns.dtype)
-        columns[0, 1, 1] += given_2GN[1].to(columns.dtype)
+        columns[0, 1, 1] += of_first_GN
+        columns[-1, 0, 1] += of_last_GN
     bias = None if grad_bias is None else grad_bias.sum(0)
     return ScanGradients(grad_A.sum(0), bias, grad_diagonal, edges_2SHPN, grad_readout)

@@ -3,12 +3,15 @@
 A sweep carries the state through the chunks of one segment in registers, starting from zero, and writes what enters
 every chunk in the input's dtype, with the factor by which a state that enters the segment arrives there. The pass
 carries the fp32 states of the segments along. Who needs the state entering a chunk adds the two:
-local + prefix * entering. So neither chunk states in fp32 nor a second pass over all of them touch memory.
+local + prefix * entering. So neither chunk states in fp32 nor a second pass over all of them touch memory. What enters
+a stretch of a sequence that is divided over ranks is such a pass over the ranks.
 
 The gradient of the states flows the other way: the same sweep with the output's gradient for x and C for B.
 """
 
-from .triton_language import tl, triton
+import torch
+
+from .triton_language import padded_width, tl, triton
 from .triton_steps import chunk_bounds
 
 
@@ -152,15 +155,25 @@ def sweep_kernel(
 
 @triton.jit
 def pass_kernel(
-    total, total_decay, initial, entering, leaving, decay, num_segments, num_heads,
-    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, GRADIENT: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
+    total, total_decay, initial, entering, leaving, decay, C, readout, num_segments, num_tokens, num_heads, num_groups,
+    stride_C_direction, stride_C_token, stride_C_group,
+    ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
+    GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_READOUT: tl.constexpr,
 ):  # fmt: skip
-    """Entering state of every segment from the segments' own, the state behind the last, and the decay of it all.
+    """Entering state of every segment from the segments' own.
 
-    Grid (H, 2, ELEMENTS / BLOCK); ELEMENTS = P N. initial, leaving (2, H, P, N) and decay (2, H) fp32.
+    Grid (H, 2, ELEMENTS / BLOCK); ELEMENTS = P N. initial (2, H, P, N) fp32. HAS_LEAVING: also the state behind the
+    last segment (2, H, P, N) and the decay of it all (2, H), fp32. HAS_READOUT: also the vectors (2, G, N) that others
+    read with, C of the last token forward, of the first backward.
     """
     head, direction = tl.program_id(0), tl.program_id(1)
+    if HAS_READOUT:
+        n = tl.arange(0, NP)
+        token = tl.where(direction == 0, num_tokens - 1, 0).to(tl.int64)
+        chosen = (n < N) & (head < num_groups) & (tl.program_id(2) == 0)
+        row = direction * stride_C_direction + token * stride_C_token + head * stride_C_group
+        vector = tl.load(C + row + n, mask=chosen, other=0.0).to(tl.float32)
+        tl.store(readout + (direction * num_groups + head) * N + n, vector, mask=chosen)
     element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     ascending = (direction == 0) != GRADIENT
     inside = element < ELEMENTS
@@ -186,8 +199,61 @@ def pass_kernel(
             state = state * decays[ahead] + owns[ahead]
             factor = factor * decays[ahead]
         step += AHEAD
-    tl.store(leaving + edge * ELEMENTS + element, state, mask=inside)
-    tl.store(decay + edge, factor)
+    if HAS_LEAVING:
+        tl.store(leaving + edge * ELEMENTS + element, state, mask=inside)
+        tl.store(decay + edge, factor)
+
+
+@triton.jit
+def chain_kernel(
+    messages, entering, readout, rank, size, stride_message, num_heads,
+    ELEMENTS: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr, VECTOR_BLOCK: tl.constexpr,
+    GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """What enters a rank's stretch, from the messages (own state, decay, vectors) of all ranks.
+
+    Grid (H + 1, 2, ELEMENTS / BLOCK): the last of the first takes the VECTORS = G N numbers of either neighbour.
+    """
+    head, direction = tl.program_id(0), tl.program_id(1)
+    decays = 2 * num_heads * ELEMENTS
+    if head == num_heads:
+        if tl.program_id(2) == 0:
+            beside = rank + tl.where(direction == 0, -1, 1)
+            exists = (beside >= 0) & (beside < size)
+            place = beside.to(tl.int64) * stride_message + decays + 2 * num_heads + direction * VECTORS
+            for first in tl.static_range(0, VECTORS, VECTOR_BLOCK):
+                number = first + tl.arange(0, VECTOR_BLOCK)
+                vector = tl.load(messages + place + number, mask=exists & (number < VECTORS), other=0.0)
+                tl.store(readout + direction * VECTORS + number, vector, mask=number < VECTORS)
+        return
+    ascending = (direction == 0) != GRADIENT
+    element = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < ELEMENTS
+    edge = direction * num_heads + head
+    state = tl.zeros((BLOCK,), tl.float32)
+    step, count = 0, tl.where(ascending, rank, size - 1 - rank)
+    while step < count:  # the interpreter cannot count to a number known at run time
+        message = messages + tl.where(ascending, step, size - 1 - step).to(tl.int64) * stride_message
+        state *= tl.load(message + decays + edge)
+        state += tl.load(message + edge * ELEMENTS + element, mask=inside, other=0.0)
+        step += 1
+    tl.store(entering + edge * ELEMENTS + element, state, mask=inside)
+
+
+def chain_messages(
+    messages_WM: torch.Tensor, own_2HPN: torch.Tensor, readout_2GN: torch.Tensor, rank: int, backward: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """States and vectors that enter, in the shapes of this rank's own; see `exchange.entered_from`."""
+    _, num_heads, headdim, d_state = own_2HPN.shape
+    entering, readout = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (own_2HPN, readout_2GN))
+    elements, vectors = headdim * d_state, readout_2GN[0].numel()
+    block = min(1024, triton.next_power_of_2(elements))
+    chain_kernel[(num_heads + (vectors > 0), 2, triton.cdiv(elements, block))](
+        messages_WM, entering, readout, rank, len(messages_WM), messages_WM.stride(0), num_heads,
+        ELEMENTS=elements, VECTORS=vectors, BLOCK=block, VECTOR_BLOCK=min(1024, padded_width(vectors)),
+        GRADIENT=backward,
+    )  # fmt: skip
+    return entering, readout
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from compare import assert_all_close, with_gradients
 from test_mixer import FILES, load
 from test_scan import borders, make_inputs
 
-from hydra_kernels import HydraMixer, add_norm, depthwise_conv_silu, quasiseparable_scan
+from hydra_kernels import HydraMixer, Leaving, add_norm, depthwise_conv_silu, entered_from, quasiseparable_scan
 from hydra_kernels.triton_operators import _rows
 
 FP32 = 1e-5
@@ -192,3 +192,28 @@ def test_add_norm_once_more_in_bf16(backend: str, seen: str) -> None:
     total = sum(grad.float() for grad in grads)
     for gradient, wanted in zip(found, torch.autograd.grad(expected, (x, branch, weight, bias), total), strict=True):
         torch.testing.assert_close(gradient, wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize("backward", [False, True], ids=["states", "gradients"])
+@pytest.mark.parametrize("readers", [(2, 5), (3, 700), (0, 0)], ids=str)
+def test_what_enters_a_stretch(readers: tuple[int, int], backward: bool, backend: str) -> None:
+    """The own states of all ranks on that side, each times the decays on its way; vectors of the neighbours."""
+    size, state = 5, (3, 4, 6)
+    parts = [Leaving.empty(state, readers, torch.empty(0)) for _ in range(size)]
+    for part in parts:
+        part.message.uniform_(-1, 1)
+    for rank in range(size):
+        entered = entered_from(
+            torch.stack([part.message for part in parts]), parts[rank], rank, backward=backward, backend=backend
+        )
+        for direction, step in enumerate((-1, 1)):
+            towards = -step if backward else step
+            expected, decay = torch.zeros(state), torch.ones(state[0])
+            for other in range(rank + towards, size if towards > 0 else -1, towards):
+                expected += decay[:, None, None] * parts[other].own_2HPN[direction]
+                decay = decay * parts[other].decay_2H[direction]
+            torch.testing.assert_close(entered.states_2HPN[direction], expected)
+            beside = rank + step
+            vector = parts[beside].readout_2GN[direction] if 0 <= beside < size else torch.zeros(readers)
+            assert torch.equal(entered.readout_2GN[direction], vector)
