@@ -6,6 +6,8 @@ backward scan. A document border inside a stretch sets a_r = 0 and cuts the chai
 other way. The bytes are those of the states, whatever the sequence length (docs/parallelism.md).
 """
 
+from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,43 +25,47 @@ _BLOCKS = 4
 """Parts in which the neighbour exchange sends the heads, so that a rank passes one on while the next arrives."""
 
 
-def _transfer(context: Context, sends: list[_Message], receives: list[_Message]) -> None:
+def _begin_transfer(context: Context, sends: list[_Message], receives: list[_Message]) -> list[dist.Work]:
     """Send and receive at once; beyond the ends nothing happens."""
     operations = []
     for operation, pairs in ((dist.isend, sends), (dist.irecv, receives)):
         for step, tensor in pairs:
             if (peer := context.neighbour(step)) is not None:
                 operations.append(dist.P2POp(operation, tensor, peer, context.group))
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
+    return dist.batch_isend_irecv(operations) if operations else []
 
 
-def swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> torch.Tensor:
-    """(2, ...): what the left neighbour sent to the right and the right one to the left; zeros beyond the ends.
-
-    The two are of one shape.
-    """
+def begin_swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """Send to both neighbours. The function returned waits and gives (2, ...): what the left one sent to the right and
+    the right one to the left; zeros beyond the ends. All of one shape."""
     to_left, to_right = to_left.contiguous(), to_right.contiguous()
     received = to_left.new_empty(2, *to_left.shape)
-    for step, came in ((-1, received[0]), (1, received[1])):
+    sides = [(-1, received[0]), (1, received[1])]
+    for step, came in sides:
         if context.neighbour(step) is None:
             came.zero_()
-    _transfer(context, [(-1, to_left), (1, to_right)], [(-1, received[0]), (1, received[1])])
-    return received
+    works = _begin_transfer(context, [(-1, to_left), (1, to_right)], sides)
+
+    def finish() -> torch.Tensor:
+        for work in works:
+            work.wait()
+        return received
+
+    return finish
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
         ctx.width, ctx.context = width, context
-        from_left, from_right = swap(context, x_TD[:width], x_TD[-width:])
+        from_left, from_right = begin_swap(context, x_TD[:width], x_TD[-width:])()
         return torch.cat((from_left, x_TD, from_right))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         width = ctx.width
-        from_left, from_right = swap(ctx.context, grad[:width], grad[-width:])
+        from_left, from_right = begin_swap(ctx.context, grad[:width], grad[-width:])()
         grad_x = grad[width:-width]  # in place: the rows with a halo go into one product, whose own this gradient is
         grad_x[:width] += from_left
         grad_x[-width:] += from_right
@@ -79,10 +85,11 @@ def with_halo(x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
 class _ProjectedWithHalo(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
-        beside_2WD = swap(context, x_TD[:width], x_TD[-width:])
+        coming = begin_swap(context, x_TD[:width], x_TD[-width:])  # while this rank's own rows are multiplied
         weight_DE = weight_ED.to(x_TD.dtype).T
         projected = x_TD.new_empty(len(x_TD) + 2 * width, len(weight_ED))
         torch.mm(x_TD, weight_DE, out=projected[width:-width])
+        beside_2WD = coming()
         torch.bmm(beside_2WD, weight_DE.expand(2, -1, -1), out=_ends(projected, width))
         ctx.width, ctx.context = width, context
         ctx.save_for_backward(x_TD, beside_2WD, weight_ED)
@@ -94,12 +101,13 @@ class _ProjectedWithHalo(torch.autograd.Function):
         x_TD, beside_2WD, weight_ED = ctx.saved_tensors
         width = ctx.width
         grad_with_halo = grad @ weight_ED.to(grad.dtype)
-        from_left, from_right = swap(ctx.context, grad_with_halo[:width], grad_with_halo[-width:])
+        coming = begin_swap(ctx.context, grad_with_halo[:width], grad_with_halo[-width:])
+        grad_weight = _ends(grad, width).flatten(0, 1).T @ beside_2WD.flatten(0, 1)
+        grad_weight.addmm_(grad[width:-width].T, x_TD)  # in place, for a sum of two products copies the first
+        from_left, from_right = coming()
         grad_x = grad_with_halo[width:-width]
         grad_x[:width] += from_left
         grad_x[-width:] += from_right
-        grad_weight = _ends(grad, width).flatten(0, 1).T @ beside_2WD.flatten(0, 1)
-        grad_weight.addmm_(grad[width:-width].T, x_TD)  # in place, for a sum of two products copies the first
         return grad_x, grad_weight.to(weight_ED.dtype), None, None
 
 
@@ -124,7 +132,7 @@ class _Exchange(torch.autograd.Function):
     def forward(
         ctx: Any, own: torch.Tensor, decay: torch.Tensor, readout: torch.Tensor, context: Context
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        entered = _chain(_leaving(own, decay, readout), context, "torch")
+        entered = _begin_chain(_leaving(own, decay, readout), context, "torch")()
         ctx.context, ctx.dtype = context, readout.dtype
         ctx.save_for_backward(decay, entered.states_2HPN)
         return entered.states_2HPN, entered.readout_2GN.to(readout.dtype)
@@ -134,7 +142,8 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: Any, grad_entering: torch.Tensor, grad_readout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         decay, entering = ctx.saved_tensors
         # what came from the left goes back to the left, where it is found as what comes from the right
-        returned = _chain(_leaving(grad_entering, decay, grad_readout.flip(0)), ctx.context, "torch", backward=True)
+        leaving = _leaving(grad_entering, decay, grad_readout.flip(0))
+        returned = _begin_chain(leaving, ctx.context, "torch", backward=True)()
         grad_own = returned.states_2HPN
         return grad_own, (grad_own * entering).sum((2, 3)), returned.readout_2GN.flip(0).to(ctx.dtype), None
 
@@ -165,39 +174,49 @@ class StateExchange:
     def __init__(self, context: Context) -> None:
         self._context = context
 
-    def states(self, leaving: Leaving) -> Entered:
+    def states(self, leaving: Leaving) -> Callable[[], Entered]:
         """What enters here."""
-        return _chain(leaving, self._context, "triton")
+        return _begin_chain(leaving, self._context, "triton")
 
-    def state_gradients(self, leaving: Leaving) -> torch.Tensor:
+    def state_gradients(self, leaving: Leaving) -> Callable[[], torch.Tensor]:
         """Of the states that leave here: the chain the other way round."""
-        return _chain(leaving, self._context, "triton", backward=True).states_2HPN
+        entering = _begin_chain(leaving, self._context, "triton", backward=True)
+        return lambda: entering().states_2HPN
 
-    def readout_gradients(self, grad_2GN: torch.Tensor) -> torch.Tensor:
+    def readout_gradients(self, grad_2GN: torch.Tensor) -> Callable[[], torch.Tensor]:
         """Of the vectors that were given to the neighbours, the left one's first."""
-        return swap(self._context, grad_2GN[0], grad_2GN[1])
+        return begin_swap(self._context, grad_2GN[0], grad_2GN[1])
 
 
-def _chain(leaving: Leaving, context: Context, backend: str, backward: bool = False) -> Entered:
+def _begin_chain(leaving: Leaving, context: Context, backend: str, backward: bool = False) -> Callable[[], Entered]:
     """E_{r+1} = own_r[0] + decay_r[0] E_r along the ranks, and with [1] against them, or `backward` the other way
     round; vectors from both neighbours."""
-    if context.exchange == "gather":
-        messages = leaving.message.new_empty(context.size, leaving.message.numel())
-        dist.all_gather_into_tensor(messages.view(-1), leaving.message, group=context.group)
+    if context.exchange == "neighbour":
+        return partial(_chain_by_neighbours, leaving, context, backward)
+    messages = leaving.message.new_empty(context.size, leaving.message.numel())
+    work = dist.all_gather_into_tensor(messages.view(-1), leaving.message, group=context.group, async_op=True)
+
+    def finish() -> Entered:
+        work.wait()
         return entered_from(messages, leaving, context.rank, backward=backward, backend=backend)
+
+    return finish
+
+
+def _chain_by_neighbours(leaving: Leaving, context: Context, backward: bool) -> Entered:
     vectors = leaving.readout_2GN
     if vectors.numel():  # first: NCCL wants all ranks of a group in its first transfer
-        vectors = swap(context, vectors[1], vectors[0])
+        vectors = begin_swap(context, vectors[1], vectors[0])()
+    own, decay = leaving.own_2HPN, leaving.decay_2H
     if not backward:
-        return Entered(_chain_by_neighbours(leaving.own_2HPN, leaving.decay_2H, context), vectors)
-    states = _chain_by_neighbours(leaving.own_2HPN.flip(0), leaving.decay_2H.flip(0), context)
-    return Entered(states.flip(0), vectors)
+        return Entered(_passed_on(own, decay, context), vectors)
+    return Entered(_passed_on(own.flip(0), decay.flip(0), context).flip(0), vectors)
 
 
-def _chain_by_neighbours(own: torch.Tensor, decay: torch.Tensor, context: Context) -> torch.Tensor:
+def _passed_on(own: torch.Tensor, decay: torch.Tensor, context: Context) -> torch.Tensor:
     """Block b of the heads leaves the rank at distance s from its direction's start in turn s + b."""
     entering = torch.zeros_like(own)
-    num_blocks = min(_BLOCKS, own.shape[1])
+    num_blocks = 1 if context.size == 2 else min(_BLOCKS, own.shape[1])  # of two ranks none passes anything on
     edges = [block * own.shape[1] // num_blocks for block in range(num_blocks + 1)]
     blocks = [slice(*pair) for pair in pairwise(edges)]
     distance = (context.rank, context.size - 1 - context.rank)
@@ -213,7 +232,8 @@ def _chain_by_neighbours(own: torch.Tensor, decay: torch.Tensor, context: Contex
                 buffer = torch.empty_like(own[direction, blocks[coming]])
                 receives.append((-onward, buffer))
                 arrived.append((direction, blocks[coming], buffer))
-        _transfer(context, sends, receives)
+        for work in _begin_transfer(context, sends, receives):
+            work.wait()
         for direction, part, buffer in arrived:
             entering[direction, part] = buffer
     return entering

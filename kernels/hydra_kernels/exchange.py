@@ -1,5 +1,6 @@
 """What the operations ask of whoever divides a sequence over ranks, and what they hand over."""
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -57,17 +58,18 @@ class Entered(NamedTuple):
 class Exchange(Protocol):
     """How states and vectors travel when these tokens are a stretch, whose documents may go on elsewhere.
 
-    Such documents have starts_T < 0 or ends_T > T. All in fp32.
+    Such documents have starts_T < 0 or ends_T > T. All in fp32. Each method begins a transfer and returns a function
+    that waits for it and gives what came: the caller computes something else in between.
     """
 
-    def states(self, leaving: Leaving) -> Entered:
+    def states(self, leaving: Leaving) -> Callable[[], Entered]:
         """What enters here."""
 
-    def state_gradients(self, leaving: Leaving) -> torch.Tensor:
+    def state_gradients(self, leaving: Leaving) -> Callable[[], torch.Tensor]:
         """Gradients (2, H, P, N) of the states that leave here, from what each stretch adds to one that passes back;
         without vectors."""
 
-    def readout_gradients(self, grad_2GN: torch.Tensor) -> torch.Tensor:
+    def readout_gradients(self, grad_2GN: torch.Tensor) -> Callable[[], torch.Tensor]:
         """(2, G, N): of the first token's C, that the left neighbour was given, and of the last token's, from the
         gradients of those that came from the left and from the right."""
 

@@ -10,7 +10,7 @@ from .exchange import Entered, Exchange
 from .mix_arguments import MixShape, MixWeights, in_dtypes_of
 from .triton_conv import conv_backward, conv_forward
 from .triton_norm import norm_backward, norm_forward
-from .triton_scan import ScanInputs, scan_backward, scan_forward
+from .triton_scan import ScanInputs, begin_forward, finish_forward, scan_backward
 
 
 class Outside(NamedTuple):
@@ -75,7 +75,10 @@ def mix_forward(
 ) -> tuple[torch.Tensor, Kept]:
     """The projection (T, E) of documents laid end to end, to the output projection's input (T, I)."""
     _, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents, None)
-    y_THP, _, entered = scan_forward(inputs, None if outside is None else outside.exchange)
+    begun = begin_forward(inputs, None if outside is None else outside.exchange)
+    x_TI = inputs.x_THP.flatten(1)  # a view; this product is made while states travel
+    inputs = inputs._replace(diagonal_TH=torch.nn.functional.linear(x_TI, weights.fc_D_weight.to(x_TI.dtype)))
+    y_THP, _, entered = finish_forward(inputs, begun)
     y_TI = y_THP.flatten(1)
     z_TI = projected_TE[:, : shape.d_inner]
     z_TI = z_TI if outside is None else outside.own(z_TI)
@@ -148,7 +151,7 @@ def _mix_inputs(
     documents: Borders,
     diagonal_TH: torch.Tensor | None,
 ) -> tuple[torch.Tensor, ScanInputs]:
-    """All that the convolution gives, and of it what the scan reads; the diagonal is made unless it is given."""
+    """All that the convolution gives, and of it, and of the diagonal if that is known, what the scan reads."""
     nheads = shape.nheads
     _, conv_in_TC, dt_TH = projected_TE.split(shape.widths, dim=1)
     borders, starts, ends = documents
@@ -161,8 +164,6 @@ def _mix_inputs(
             beside_2GN = outside.readers_beside(conv_TC, shape)
     x_TI = own_TC[:, : shape.d_inner]
     readers = own_TC[:, shape.d_inner :].unflatten(1, (2, 2, shape.ngroups, shape.d_state)).permute(1, 2, 0, 3, 4)
-    if diagonal_TH is None:
-        diagonal_TH = torch.nn.functional.linear(x_TI, weights.fc_D_weight.to(x_TI.dtype))
     initial, learnt = None, weights.init_states
     if learnt is not None:
         initial = learnt.expand(2, borders.numel() - 1, -1, -1, -1).contiguous()

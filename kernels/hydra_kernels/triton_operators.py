@@ -32,7 +32,7 @@ def _scan(
         x_THP, dt_2TH, A_H, B_2TGN, C_2TGN, diagonal_TH, initial_2SHPN, readout_2SGN, starts_T, ends_T, borders,
         chunk_size,
     )  # fmt: skip
-    y_THP, final, _ = scan_forward(inputs)
+    y_THP, final = scan_forward(inputs)
     return y_THP, _or_empty(final, x_THP)
 
 

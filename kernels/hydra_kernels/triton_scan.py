@@ -8,7 +8,7 @@ Shape letters: T tokens of all rows, H heads, G groups, P channels of a head, N 
 R chunks of a segment; a leading 2 is (forward, backward).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -247,25 +247,48 @@ def settings_for(inputs: ScanInputs) -> Settings:
     return settings(inputs.x_THP.shape[-1], inputs.B_2TGN.shape[-1], inputs.x_THP.dtype, inputs.x_THP.device)
 
 
-def scan_forward(
-    inputs: ScanInputs, exchange: Exchange | None = None, chosen: Settings | None = None
-) -> tuple[torch.Tensor, torch.Tensor | None, Entered | None]:
-    """y (T, H, P); with borders the final states (2, S, H, P, N) fp32; with an exchange what it brought."""
-    x_THP = inputs.x_THP
+class Begun(NamedTuple):
+    """A forward pass whose states may still be on their way."""
+
+    chosen: Settings
+    chunks: _Chunks
+    steps: Steps
+    swept: _Swept
+    entering: Callable[[], Entered] | None
+    """Waits for what an exchange brings."""
+
+
+def begin_forward(inputs: ScanInputs, exchange: Exchange | None, chosen: Settings | None = None) -> Begun:
+    """All up to the states of the stretch; the diagonal is not read yet."""
     chosen = chosen or settings_for(inputs)
     chunks = _chunks(inputs, chosen.forward_chunk)
     steps = _steps(inputs, chunks)
-    swept = _sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
+    swept = _sweep(inputs, chunks, steps, inputs.x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
+    if exchange is None:
+        return Begun(chosen, chunks, steps, swept, None)
+    leaving = _leaving(swept, inputs.C_2TGN.shape[2:])
+    _pass(swept, None, leaving, inputs.C_2TGN)
+    return Begun(chosen, chunks, steps, swept, exchange.states(leaving))
+
+
+def finish_forward(inputs: ScanInputs, begun: Begun) -> tuple[torch.Tensor, torch.Tensor | None, Entered | None]:
+    """y (T, H, P); with borders the final states (2, S, H, P, N) fp32; with an exchange what it brought."""
+    chosen, chunks, steps, swept, entering = begun
     entered = None
-    if exchange is not None:
-        leaving = _leaving(swept, inputs.C_2TGN.shape[2:])
-        _pass(swept, None, leaving, inputs.C_2TGN)
-        entered = exchange.states(leaving)
+    if entering is not None:
+        entered = entering()
         inputs = inputs.with_readout(entered)
     states = _pass(swept, None if entered is None else entered.states_2HPN)
+    x_THP = inputs.x_THP
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     _apply(inputs, chunks, steps, x_THP, states, y_THP, None, chosen.output)
     return y_THP, _edges(swept, states, chunks), entered
+
+
+def scan_forward(inputs: ScanInputs, chosen: Settings | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """y (T, H, P), and with borders the final states (2, S, H, P, N) fp32, of tokens that are all here."""
+    y_THP, final_2SHPN, _ = finish_forward(inputs, begin_forward(inputs, None, chosen))
+    return y_THP, final_2SHPN
 
 
 def _leaving(swept: _Swept, readers: Sequence[int]) -> Leaving:
@@ -325,13 +348,11 @@ def scan_backward(
     swept = _sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, gradient=False)
     states = _pass(swept, None if entered is None else entered.states_2HPN)
     swept_back = _sweep(inputs, chunks, steps, grad_y_THP, grad_final_2SHPN, chosen.sweep, gradient=True)
-    grad_leaving_2HPN = None
+    returning = None
     if exchange is not None:
         leaving = _leaving(swept_back, (0, 0))
         _pass(swept_back, None, leaving)
-        grad_leaving_2HPN = exchange.state_gradients(leaving)
-    grads = _pass(swept_back, grad_leaving_2HPN)
-    edges_2SHPN = _edges(swept_back, grads, chunks)
+        returning = exchange.state_gradients(leaving)  # they travel while the gradients within chunks are computed
     heads = _heads_per_program(chunks, num_heads, num_groups)
     num_parts = num_heads // num_groups // heads
     width = num_groups * d_state
@@ -360,6 +381,8 @@ def scan_backward(
         num_tokens, chunks.num_documents, num_heads, num_heads // num_groups, *strides,
         HAS_DIAGONAL=grad_diagonal is not None, **options, **chosen.within._asdict(),
     )  # fmt: skip
+    grads = _pass(swept_back, None if returning is None else returning())
+    edges_2SHPN = _edges(swept_back, grads, chunks)
     rank = None
     if diagonal_weight_HI is not None:
         assert grad_diagonal is not None
@@ -371,6 +394,12 @@ def scan_backward(
         num_tokens, chunks.num, chunks.num_segments, chunks.num_documents, num_heads, num_heads // num_groups,
         *strides, R=chunks.per_segment, **options, **chosen.across._asdict(),
     )  # fmt: skip
+    grad_readout = given = None
+    if inputs.readout_2SGN is not None or exchange is not None:
+        grad_readout = _readout_gradients(parts, inputs.borders, num_groups)
+    if exchange is not None and grad_readout is not None:
+        # what no document reads from outside has no gradient: nothing arrives at a token behind a border
+        given = exchange.readout_gradients(grad_readout[:, 0])
     grad_A = torch.zeros(chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
     grad_bias = None if inputs.bias_H is None else torch.zeros_like(grad_A)
     steps_backward_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
@@ -380,18 +409,14 @@ def scan_backward(
         *inputs.steps_2TH.stride(), *grad_steps_2TH.stride(), *inputs.step_limit,
         Q=chunks.size, V=_HEADS_OF_STEPS, RAW=inputs.bias_H is not None, ALIGNED=aligned,
     )  # fmt: skip
-    columns = min(64, triton.next_power_of_2(4 * width))
-    vectors_kernel[(triton.cdiv(num_tokens, 64), triton.cdiv(4 * width, columns))](
+    block = min(64, triton.next_power_of_2(4 * width))
+    vectors_kernel[(triton.cdiv(num_tokens, 64), triton.cdiv(4 * width, block))](
         parts, inputs.starts_T, inputs.ends_T, grad_vectors_TV, num_tokens, grad_vectors_TV.stride(0),
-        PARTS=2 * num_parts, WIDTH=width, COLUMNS=columns, Q=64,
+        PARTS=2 * num_parts, WIDTH=width, COLUMNS=block, Q=64,
     )  # fmt: skip
-    grad_readout = None
-    if inputs.readout_2SGN is not None or exchange is not None:
-        grad_readout = _readout_gradients(parts, inputs.borders, num_groups)
-    if exchange is not None and grad_readout is not None:
-        # what no document reads from outside has no gradient: nothing arrives at a token behind a border
-        of_first_GN, of_last_GN = exchange.readout_gradients(grad_readout[:, 0])
+    if given is not None:
         columns = grad_vectors_TV.unflatten(1, (2, 2, num_groups, d_state))
+        of_first_GN, of_last_GN = given()
         columns[0, 1, 1] += of_first_GN
         columns[-1, 0, 1] += of_last_GN
     bias = None if grad_bias is None else grad_bias.sum(0)

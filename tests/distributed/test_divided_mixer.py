@@ -176,9 +176,9 @@ def bytes_sent(num_tokens: int, exchange: str) -> list[int]:
         sent[0] += sum(size(operation.tensor) for operation in operations if operation.op is dist.isend)
         return p2p(operations)
 
-    def counted_gather(output: torch.Tensor, message: torch.Tensor, group: Any) -> Any:
+    def counted_gather(output: torch.Tensor, message: torch.Tensor, group: Any, async_op: bool = False) -> Any:
         sent[0] += size(message) * (dist.get_world_size(group) - 1)
-        return gather(output, message, group=group)
+        return gather(output, message, group=group, async_op=async_op)
 
     def counted_all_to_all(output: torch.Tensor, message: torch.Tensor, *splits: list[int], group: Any) -> Any:
         others = len(message) - splits[1][dist.get_rank(group)]
