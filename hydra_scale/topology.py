@@ -327,6 +327,8 @@ def _join(
         tensor_model_parallel_size=parallel.tensor,
         pipeline_model_parallel_size=parallel.pipeline,
         context_parallel_size=parallel.context,
+        # states travel beside other kernels, which would otherwise hold every multiprocessor until they end
+        high_priority_stream_groups=["cp"] if accelerator.collectives == "nccl" else None,
     )
     stage = Stage(parallel_state.get_pipeline_model_parallel_rank(), parallel.pipeline, parallel.interleave)
     return Topology(

@@ -18,7 +18,7 @@ from hydra_kernels import (
 from hydra_scale.config import ModelConfig
 from hydra_scale.model.scan_stretch import scan_stretch
 from hydra_scale.model.stretch import Stretch
-from hydra_scale.parallel.context import StateExchange, projected_with_halo, with_halo
+from hydra_scale.parallel.context import StateExchange, projected_between, with_halo
 from hydra_scale.parallel.tensor import (
     ColumnLinear,
     RowLinear,
@@ -95,12 +95,14 @@ class HydraLayerMixer(nn.Module):
         stretch, and the scan, by the states that enter it.
         """
         context, divided_heads = stretch.context, self._tensor.size > 1
-        projected_1RE = self._project(x_TD, stretch)[None]
-        if context is not None and not divided_heads and self._runs_fused(projected_1RE, context):
-            return self._mix_of_stretch(projected_1RE, stretch, context)
+        if context is not None and not divided_heads and self._runs_fused(x_TD, context):
+            return self._mix_of_stretch(x_TD, stretch, context)
+        projected_RE = self.in_proj(with_all_tokens(x_TD, self._tensor))
+        if context is not None:
+            projected_RE = with_halo(projected_RE, stretch.halo, context)
         backend, weights = self._mixer.backend, self._weights()
         wide = scan_operands(
-            projected_1RE,
+            projected_RE[None],
             weights,
             self._shape,
             cu_seqlens=stretch.documents if context is None else stretch.documents_with_halo,
@@ -124,24 +126,16 @@ class HydraLayerMixer(nn.Module):
         )
         return mixed_1TI.squeeze(0)
 
-    def _project(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:
-        """Of the rank's tokens, and of those beside them that the convolution reads."""
-        context = stretch.context
-        if context is None:
-            return self.in_proj(with_all_tokens(x_TD, self._tensor))
-        if self._tensor.size > 1:
-            return self.in_proj(with_halo(with_all_tokens(x_TD, self._tensor), stretch.halo, context))
-        return self.in_proj(x_TD, partial(projected_with_halo, width=stretch.halo, context=context))
-
-    def _runs_fused(self, projected_1RE: torch.Tensor, context: Context) -> bool:
+    def _runs_fused(self, x_TD: torch.Tensor, context: Context) -> bool:
         whole_heads = context.exchange != "heads" and self.init_states is None
-        return whole_heads and resolve_backend(self._mixer.backend, projected_1RE) == "triton"
+        return whole_heads and resolve_backend(self._mixer.backend, x_TD) == "triton"
 
-    def _mix_of_stretch(self, projected_1RE: torch.Tensor, stretch: Stretch, context: Context) -> torch.Tensor:
+    def _mix_of_stretch(self, x_TD: torch.Tensor, stretch: Stretch, context: Context) -> torch.Tensor:
         """Other tokens enter in the middle of the kernels: states are swept once, exchanged, and read."""
         starts_T, ends_T = stretch.outer_borders
-        return hydra_mix_of_stretch(
-            projected_1RE,
+        projected_RE = self.in_proj(x_TD, partial(projected_between, width=stretch.halo))
+        mixed_1TI = hydra_mix_of_stretch(
+            projected_RE[None],
             self._weights(),
             self._shape,
             halo=stretch.halo,
@@ -149,7 +143,8 @@ class HydraLayerMixer(nn.Module):
             starts_T=starts_T,
             ends_T=ends_T,
             exchange=StateExchange(context),
-        ).squeeze(0)
+        )
+        return mixed_1TI.squeeze(0)
 
     def _weights(self) -> MixWeights:
         """Read through their modules, so that ZeRO 3 gathers them."""

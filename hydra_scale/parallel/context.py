@@ -35,96 +35,79 @@ def _begin_transfer(context: Context, sends: list[_Message], receives: list[_Mes
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def begin_swap(context: Context, to_left: torch.Tensor, to_right: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Send to both neighbours. The function returned waits and gives (2, ...): what the left one sent to the right and
-    the right one to the left; zeros beyond the ends. All of one shape."""
+def begin_swap(
+    context: Context,
+    to_left: torch.Tensor,
+    to_right: torch.Tensor,
+    into: tuple[torch.Tensor, torch.Tensor] | None = None,
+) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+    """Send to both neighbours. The function returned waits and gives what the left one sent to the right and the right
+    one to the left, `into` where that is given; zeros beyond the ends. All of one shape, `into` contiguous."""
     to_left, to_right = to_left.contiguous(), to_right.contiguous()
-    received = to_left.new_empty(2, *to_left.shape)
-    sides = [(-1, received[0]), (1, received[1])]
+    from_left, from_right = into or to_left.new_empty(2, *to_left.shape)
+    sides = [(-1, from_left), (1, from_right)]
     for step, came in sides:
         if context.neighbour(step) is None:
             came.zero_()
     works = _begin_transfer(context, [(-1, to_left), (1, to_right)], sides)
 
-    def finish() -> torch.Tensor:
+    def finish() -> tuple[torch.Tensor, torch.Tensor]:
         for work in works:
             work.wait()
-        return received
+        return from_left, from_right
 
     return finish
 
 
 class _Halo(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
+    def forward(ctx: Any, x_TE: torch.Tensor, width: int, context: Context) -> torch.Tensor:
         ctx.width, ctx.context = width, context
-        from_left, from_right = begin_swap(context, x_TD[:width], x_TD[-width:])()
-        return torch.cat((from_left, x_TD, from_right))
+        from_left, from_right = begin_swap(context, x_TE[:width], x_TE[-width:])()
+        return torch.cat((from_left, x_TE, from_right))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         width = ctx.width
         from_left, from_right = begin_swap(ctx.context, grad[:width], grad[-width:])()
-        grad_x = grad[width:-width]  # in place: the rows with a halo go into one product, whose own this gradient is
+        grad_x = grad[width:-width]  # in place: the rows with a halo are divided into parts, whose own this gradient is
         grad_x[:width] += from_left
         grad_x[-width:] += from_right
         return grad_x, None, None
 
 
-def with_halo(x_TD: torch.Tensor, width: int, context: Context) -> torch.Tensor:
-    """(T, D) with the `width` rows that stand before and after it on the neighbours, zeros beyond the ends.
+def with_halo(x_TE: torch.Tensor, width: int, context: Context) -> torch.Tensor:
+    """(T, E) with the `width` rows that stand before and after it on the neighbours, zeros beyond the ends.
 
-    Every rank holds at least `width` rows. Returns (T + 2 width, D).
+    Every rank holds at least `width` rows. Returns (T + 2 width, E).
     """
     if width == 0:
-        return x_TD
-    return _Halo.apply(x_TD, width, context)
+        return x_TE
+    return _Halo.apply(x_TE, width, context)
 
 
-class _ProjectedWithHalo(torch.autograd.Function):
+class _ProjectedBetween(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
-        coming = begin_swap(context, x_TD[:width], x_TD[-width:])  # while this rank's own rows are multiplied
-        weight_DE = weight_ED.to(x_TD.dtype).T
+    def forward(ctx: Any, x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int) -> torch.Tensor:
+        ctx.width = width
+        ctx.save_for_backward(x_TD, weight_ED)
         projected = x_TD.new_empty(len(x_TD) + 2 * width, len(weight_ED))
-        torch.mm(x_TD, weight_DE, out=projected[width:-width])
-        beside_2WD = coming()
-        torch.bmm(beside_2WD, weight_DE.expand(2, -1, -1), out=_ends(projected, width))
-        ctx.width, ctx.context = width, context
-        ctx.save_for_backward(x_TD, beside_2WD, weight_ED)
+        torch.mm(x_TD, weight_ED.to(x_TD.dtype).T, out=projected[width : width + len(x_TD)])
         return projected
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TD, beside_2WD, weight_ED = ctx.saved_tensors
-        width = ctx.width
-        grad_with_halo = grad @ weight_ED.to(grad.dtype)
-        coming = begin_swap(ctx.context, grad_with_halo[:width], grad_with_halo[-width:])
-        grad_weight = _ends(grad, width).flatten(0, 1).T @ beside_2WD.flatten(0, 1)
-        grad_weight.addmm_(grad[width:-width].T, x_TD)  # in place, for a sum of two products copies the first
-        from_left, from_right = coming()
-        grad_x = grad_with_halo[width:-width]
-        grad_x[:width] += from_left
-        grad_x[-width:] += from_right
-        return grad_x, grad_weight.to(weight_ED.dtype), None, None
+        x_TD, weight_ED = ctx.saved_tensors
+        grad = grad[ctx.width : ctx.width + len(x_TD)]
+        return grad @ weight_ED.to(grad.dtype), (grad.T @ x_TD).to(weight_ED.dtype), None
 
 
-def _ends(rows: torch.Tensor, width: int) -> torch.Tensor:
-    """The first and the last `width` rows (2, width, E), in place."""
-    distance = (len(rows) - width) * rows.stride(0)
-    return rows.as_strided((2, width, rows.shape[1]), (distance, *rows.stride()), rows.storage_offset())
-
-
-def projected_with_halo(x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int, context: Context) -> torch.Tensor:
-    """`with_halo` times a matrix, in x's dtype: (T, D) to (T + 2 width, E).
-
-    The neighbours' rows are multiplied apart, for to lay them beside this rank's is a copy of all of them.
-    """
-    if width == 0:
-        return torch.nn.functional.linear(x_TD, weight_ED.to(x_TD.dtype))
-    return _ProjectedWithHalo.apply(x_TD, weight_ED, width, context)
+def projected_between(x_TD: torch.Tensor, weight_ED: torch.Tensor, width: int) -> torch.Tensor:
+    """x W^T in x's dtype, with `width` rows left free on either side, where `hydra_mix_of_stretch` puts those of the
+    neighbours: to lay them beside a finished product would copy it. (T, D) to (T + 2 width, E)."""
+    return _ProjectedBetween.apply(x_TD, weight_ED, width)
 
 
 class _Exchange(torch.autograd.Function):
@@ -183,9 +166,11 @@ class StateExchange:
         entering = _begin_chain(leaving, self._context, "triton", backward=True)
         return lambda: entering().states_2HPN
 
-    def readout_gradients(self, grad_2GN: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Of the vectors that were given to the neighbours, the left one's first."""
-        return begin_swap(self._context, grad_2GN[0], grad_2GN[1])
+    def rows(
+        self, to_left: torch.Tensor, to_right: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """From the left and from the right neighbour."""
+        return begin_swap(self._context, to_left, to_right, into)
 
 
 def _begin_chain(leaving: Leaving, context: Context, backend: str, backward: bool = False) -> Callable[[], Entered]:
@@ -206,7 +191,7 @@ def _begin_chain(leaving: Leaving, context: Context, backend: str, backward: boo
 def _chain_by_neighbours(leaving: Leaving, context: Context, backward: bool) -> Entered:
     vectors = leaving.readout_2GN
     if vectors.numel():  # first: NCCL wants all ranks of a group in its first transfer
-        vectors = begin_swap(context, vectors[1], vectors[0])()
+        vectors = torch.stack(begin_swap(context, vectors[1], vectors[0])())
     own, decay = leaving.own_2HPN, leaving.decay_2H
     if not backward:
         return Entered(_passed_on(own, decay, context), vectors)

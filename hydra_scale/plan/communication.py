@@ -44,7 +44,8 @@ def context_bytes(layout: Layout, kind: str) -> float:
     heads = inner // mixer.headdim // layout.tensor
     state = heads * mixer.headdim * mixer.d_state
     groups = max(1, mixer.ngroups // layout.tensor)
-    rows = neighbours * element * (mixer.d_conv // 2) * width  # of the layer's input
+    projected = 2 * inner // layout.tensor + 4 * groups * mixer.d_state + 2 * heads
+    rows = neighbours * element * (mixer.d_conv // 2) * projected
     exchange = layout.config.parallel.exchange
     if exchange == "gather":
         return (size - 1) * (8 * state + 8 * heads + 8 * groups * mixer.d_state) + rows

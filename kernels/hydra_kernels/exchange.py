@@ -58,8 +58,8 @@ class Entered(NamedTuple):
 class Exchange(Protocol):
     """How states and vectors travel when these tokens are a stretch, whose documents may go on elsewhere.
 
-    Such documents have starts_T < 0 or ends_T > T. All in fp32. Each method begins a transfer and returns a function
-    that waits for it and gives what came: the caller computes something else in between.
+    Such documents have starts_T < 0 or ends_T > T. States and vectors are fp32. Each method begins a transfer and
+    returns a function that waits for it and gives what came: the caller computes something else in between.
     """
 
     def states(self, leaving: Leaving) -> Callable[[], Entered]:
@@ -69,9 +69,11 @@ class Exchange(Protocol):
         """Gradients (2, H, P, N) of the states that leave here, from what each stretch adds to one that passes back;
         without vectors."""
 
-    def readout_gradients(self, grad_2GN: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """(2, G, N): of the first token's C, that the left neighbour was given, and of the last token's, from the
-        gradients of those that came from the left and from the right."""
+    def rows(
+        self, to_left: torch.Tensor, to_right: torch.Tensor, into: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Callable[[], tuple[torch.Tensor, torch.Tensor]]:
+        """What the left neighbour sends to the right and the right one to the left, zeros beyond the ends; `into`
+        these tensors if given. In any dtype."""
 
 
 def entered_from(

@@ -76,10 +76,10 @@ def hydra_mix_of_stretch(
 ) -> torch.Tensor:
     """`hydra_mix` of T tokens whose documents go on elsewhere, on the Triton kernels: (1, T + 2 halo, E) to (1, T, I).
 
-    projected: the rows of the stretch, with `halo` rows of either neighbour, whose results are not computed.
+    projected: the rows of the stretch, with `halo` free rows on either side that are filled in here with those of the
+    neighbours; a stretch has at least `halo` rows. Gradients of these rows go back to the neighbours.
     documents_with_halo: for the convolution, of all rows. starts, ends: int32 (T,), of each token's document, counted
-    from the stretch's first token; -1 and T + 1 where it goes on outside. exchange: how states and vectors travel;
-    forward calls `states` once, backward the other two once each. Gradients reach the neighbours' rows too.
+    from the stretch's first token; -1 and T + 1 where it goes on outside. exchange: how rows and states travel.
     Raises ValueError where the Triton kernels cannot run, and for learnt initial states.
     """
     resolve_backend("triton", projected_1RE)

@@ -1,6 +1,6 @@
 """All that lies between a mixer's projections on Triton kernels, forward and backward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,8 @@ from .triton_scan import ScanInputs, begin_forward, finish_forward, scan_backwar
 
 
 class Outside(NamedTuple):
-    """The tokens are a stretch, with so many rows of its neighbours on either side, and documents may go on there."""
+    """The tokens are a stretch, with so many rows on either side for those of its neighbours, where documents may go
+    on."""
 
     halo: int
     starts_T: torch.Tensor
@@ -27,6 +28,27 @@ class Outside(NamedTuple):
     def own(self, rows: torch.Tensor) -> torch.Tensor:
         """Without the neighbours' rows."""
         return rows[self.halo : len(rows) - self.halo]
+
+    def fetch(self, rows: torch.Tensor) -> None:
+        """Fill in the neighbours' rows."""
+        if self.halo > 0:
+            own, halo = self.own(rows), self.halo
+            self.exchange.rows(own[:halo], own[-halo:], (rows[:halo], rows[len(rows) - halo :]))()
+
+    def give_back(self, grad: torch.Tensor) -> Callable[[], None]:
+        """Send the gradients in the neighbours' rows home. The function returned adds what comes for this stretch."""
+        if self.halo == 0:
+            return lambda: None
+        halo, own, end = self.halo, self.own(grad), len(grad) - self.halo
+        coming = self.exchange.rows(grad[:halo], grad[end:])
+
+        def add() -> None:
+            from_left, from_right = coming()
+            own[:halo] += from_left
+            own[-halo:] += from_right
+            self.beside(grad).zero_()  # for a bias sums over all rows
+
+        return add
 
     def beside(self, rows: torch.Tensor) -> torch.Tensor:
         """The neighbours' rows (2, halo, columns), in place."""
@@ -73,7 +95,12 @@ def parted(tensors: Sequence[torch.Tensor | None]) -> tuple[MixWeights, Borders]
 def mix_forward(
     shape: MixShape, outside: Outside | None, projected_TE: torch.Tensor, weights: MixWeights, documents: Borders
 ) -> tuple[torch.Tensor, Kept]:
-    """The projection (T, E) of documents laid end to end, to the output projection's input (T, I)."""
+    """The projection (T, E) of documents laid end to end, to the output projection's input (T, I).
+
+    With `outside` (T + 2 halo, E), whose rows on either side are filled in.
+    """
+    if outside is not None:
+        outside.fetch(projected_TE)
     _, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents, None)
     begun = begin_forward(inputs, None if outside is None else outside.exchange)
     x_TI = inputs.x_THP.flatten(1)  # a view; this product is made while states travel
@@ -137,10 +164,14 @@ def mix_backward(
         grad_conv_TC,
         grad_TE[:, convolved],
     )
+    add_to_own = None if outside is None else outside.give_back(grad_TE)
     grad_init = None if grads.initial_2SHPN is None else grads.initial_2SHPN.sum((0, 1))
     grad_D = grads.diagonal_TH.sum(0)
     found = (grad_weight, grad_bias, grads.bias_H, grads.A_H, grad_D, grad_fc_D, grad_norm, grad_init)
-    return [grad_TE, *in_dtypes_of(weights, found)]
+    in_their_dtypes = in_dtypes_of(weights, found)
+    if add_to_own is not None:
+        add_to_own()
+    return [grad_TE, *in_their_dtypes]
 
 
 def _mix_inputs(

@@ -399,7 +399,7 @@ def scan_backward(
         grad_readout = _readout_gradients(parts, inputs.borders, num_groups)
     if exchange is not None and grad_readout is not None:
         # what no document reads from outside has no gradient: nothing arrives at a token behind a border
-        given = exchange.readout_gradients(grad_readout[:, 0])
+        given = exchange.rows(*grad_readout[:, 0])
     grad_A = torch.zeros(chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
     grad_bias = None if inputs.bias_H is None else torch.zeros_like(grad_A)
     steps_backward_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
