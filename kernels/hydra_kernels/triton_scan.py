@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .chunks import Chunks, cut
 from .exchange import Entered, Exchange, Leaving
 from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
@@ -21,7 +22,6 @@ from .triton_states import pass_kernel, sweep_kernel
 from .triton_steps import Steps, steps_backward_kernel, steps_kernel
 from .tuned import Launch, Settings, settings
 
-_SEGMENT_TOKENS = 2048
 _HEADS_OF_STEPS = 8
 _SEGMENTS_AT_ONCE = 8
 _PROGRAMS_WANTED = 256
@@ -61,18 +61,6 @@ class ScanInputs(NamedTuple):
         return self
 
 
-class _Chunks(NamedTuple):
-    size: int
-    num: int
-    num_segments: int
-    per_segment: int
-    starts: torch.Tensor | None
-    documents: torch.Tensor | None
-    num_documents: int
-    last_S: torch.Tensor | None
-    """Last chunk of each document."""
-
-
 class _Swept(NamedTuple):
     """Of each segment by itself."""
 
@@ -93,33 +81,11 @@ class _States(NamedTuple):
     of_gradient: bool
 
 
-def _chunks(inputs: ScanInputs, largest: int) -> _Chunks:
-    num_tokens = inputs.x_THP.shape[0]
-    size = 1 << (max(16, min(largest, inputs.chunk_size)).bit_length() - 1)
-    starts = documents = last = None
-    num_documents = 1
-    if inputs.borders is None:
-        num = triton.cdiv(num_tokens, size)
-    else:
-        # As many chunks as any lengths could need: how many are used stays on the device.
-        num_documents = inputs.borders.numel() - 1
-        num = num_tokens // size + num_documents
-        last = ((inputs.borders.diff() + size - 1) // size).cumsum(0) - 1
-        chunk = torch.arange(num, device=last.device)
-        documents = torch.searchsorted(last, chunk).clamp_max(num_documents - 1)
-        chunk_of_document = chunk - _first_chunks(last)[documents]
-        start = inputs.borders[documents] + chunk_of_document * size
-        starts = torch.where(chunk <= last[-1], start, num_tokens).to(torch.int32)
-        documents = documents.to(torch.int32)
-    per_segment = max(1, _SEGMENT_TOKENS // size)
-    return _Chunks(size, num, triton.cdiv(num, per_segment), per_segment, starts, documents, num_documents, last)
+def _chunks(inputs: ScanInputs, largest: int) -> Chunks:
+    return cut(inputs.x_THP.shape[0], inputs.borders, min(largest, inputs.chunk_size))
 
 
-def _first_chunks(last_S: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(last_S[:-1] + 1, (1, 0))
-
-
-def _steps(inputs: ScanInputs, chunks: _Chunks) -> Steps:
+def _steps(inputs: ScanInputs, chunks: Chunks) -> Steps:
     num_tokens, num_heads = inputs.x_THP.shape[:2]
     of_tokens = inputs.x_THP.new_empty(5, 2, num_heads, num_tokens, dtype=torch.float32)
     through = inputs.x_THP.new_empty(2, chunks.num, num_heads, dtype=torch.float32)
@@ -135,7 +101,7 @@ def _steps(inputs: ScanInputs, chunks: _Chunks) -> Steps:
 
 def _sweep(
     inputs: ScanInputs,
-    chunks: _Chunks,
+    chunks: Chunks,
     steps: Steps,
     values_THP: torch.Tensor,
     edges_in: torch.Tensor | None,
@@ -189,17 +155,17 @@ def _pass(
     return _States(swept.local, swept.prefix, entering, swept.of_gradient)
 
 
-def _edges(swept: _Swept, states: _States, chunks: _Chunks) -> torch.Tensor | None:
+def _edges(swept: _Swept, states: _States, chunks: Chunks) -> torch.Tensor | None:
     """The states that leave the documents (2, S, H, P, N): also what entered the segment of their last chunk."""
     if swept.edges_out is None or swept.edge_decay is None or chunks.last_S is None:
         return None
-    first_S = _first_chunks(chunks.last_S)
+    first_S = chunks.first_S
     outer = (first_S, chunks.last_S) if swept.of_gradient else (chunks.last_S, first_S)
     came = [states.entering[d].float()[chunk // chunks.per_segment] for d, chunk in enumerate(outer)]
     return swept.edges_out + swept.edge_decay[..., None, None] * torch.stack(came)
 
 
-def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
+def _heads_per_program(chunks: Chunks, num_heads: int, num_groups: int) -> int:
     """A divisor of the heads of a group; the same for the same shapes, so that sums are too."""
     heads = num_heads // num_groups
     while heads % 2 == 0 and chunks.num * (num_heads // heads) < _PROGRAMS_WANTED:
@@ -209,7 +175,7 @@ def _heads_per_program(chunks: _Chunks, num_heads: int, num_groups: int) -> int:
 
 def _apply(
     inputs: ScanInputs,
-    chunks: _Chunks,
+    chunks: Chunks,
     steps: Steps,
     values_THP: torch.Tensor,
     states: _States,
@@ -251,7 +217,7 @@ class Begun(NamedTuple):
     """A forward pass whose states may still be on their way."""
 
     chosen: Settings
-    chunks: _Chunks
+    chunks: Chunks
     steps: Steps
     swept: _Swept
     entering: Callable[[], Entered] | None

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hydra_kernels import triton_scan
+from hydra_kernels import chunks
 from hydra_scale.config import MixerConfig, ModelConfig, ParallelConfig
 from hydra_scale.model.mixer import HydraLayerMixer
 from hydra_scale.model.stretch import Stretch
@@ -117,7 +117,7 @@ def test_on_the_kernels(alone: dict[str, dict[str, np.ndarray]], exchange: str) 
 
 def fused_on_a_rank(exchange: str, backend: str, cases: list[str]) -> dict[str, dict[str, np.ndarray]]:
     """Context ranks only, and no learnt states: states are exchanged in the middle of the kernels."""
-    triton_scan._SEGMENT_TOKENS = 16  # in this forked process: two chunks of a rank are two segments
+    chunks.SEGMENT_TOKENS = 16  # in this forked process: two chunks of a rank are two segments
     with joined(ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)) as topology:
         found = {
             name: computed(DOCUMENTS[name], 2, topology.context, topology.tensor, backend, learnt=False)
@@ -167,7 +167,7 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float, *wha
 def bytes_sent(num_tokens: int, exchange: str, backend: str = "torch") -> list[int]:
     """Bytes this rank sends in a forward and in a backward pass over one document."""
     sent = [0]
-    triton_scan._SEGMENT_TOKENS = 16  # in this forked process, where the interpreter walks through whole segments
+    chunks.SEGMENT_TOKENS = 16  # in this forked process, where the interpreter walks through whole segments
     p2p, gather, all_to_all = dist.batch_isend_irecv, dist.all_gather_into_tensor, dist.all_to_all_single
 
     def size(tensor: torch.Tensor) -> int:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from hydra_kernels import triton_scan
+from hydra_kernels import chunks
 
 
 @pytest.fixture(autouse=True)
@@ -24,4 +24,4 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks a segment, so that states cross segments at small shapes."""
-    monkeypatch.setattr(triton_scan, "_SEGMENT_TOKENS", 32)
+    monkeypatch.setattr(chunks, "SEGMENT_TOKENS", 32)
