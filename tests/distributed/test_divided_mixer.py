@@ -27,10 +27,15 @@ DOCUMENTS = {
 
 
 def mixer_and_input(
-    num_tokens: int, ngroups: int = GROUPS, tensor: TensorRanks = ALONE, backend: str = "auto", learnt: bool = True
+    num_tokens: int,
+    ngroups: int = GROUPS,
+    tensor: TensorRanks = ALONE,
+    backend: str = "auto",
+    learnt: bool = True,
+    taps: int = TAPS,
 ) -> tuple[HydraLayerMixer, torch.Tensor, torch.Tensor]:
     """A mixer, its input and its output's gradient: float64, float32 for the kernels. learnt: initial states."""
-    options = {"d_state": D_STATE, "d_conv": TAPS, "headdim": HEADDIM, "ngroups": ngroups, "bias": True}
+    options = {"d_state": D_STATE, "d_conv": taps, "headdim": HEADDIM, "ngroups": ngroups, "bias": True}
     options |= {"backend": backend, "chunk_size": 16}
     mixer_config = MixerConfig.model_validate(options | {"learnable_init_states": learnt})
     mixer = HydraLayerMixer(ModelConfig(d_model=D_MODEL, num_layers=1, mixer=mixer_config), tensor)
@@ -52,13 +57,14 @@ def computed(
     tensor: TensorRanks,
     backend: str = "auto",
     learnt: bool = True,
+    taps: int = TAPS,
 ) -> dict[str, torch.Tensor]:
     """Output rows and gradients; those of the parameters summed over the context ranks, at their global place."""
-    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor, backend, learnt)
+    mixer, x, grad = mixer_and_input(sum(lengths), ngroups, tensor, backend, learnt, taps)
     first, end = (0, len(x)) if context is None else context.stretch(len(x))
     borders = (0, *torch.tensor(lengths).cumsum(0).tolist())
     x_here = x[first:end].clone().requires_grad_()
-    y = mixer(x_here, Stretch(borders, first, end, x.device, context, TAPS // 2))
+    y = mixer(x_here, Stretch(borders, first, end, x.device, context, taps // 2))
     y.backward(grad[first:end])
     found: dict[str, torch.Tensor] = {"output": y.detach(), "input": x_here.grad}
     for name, parameter in mixer.named_parameters():
@@ -115,29 +121,30 @@ def test_on_the_kernels(alone: dict[str, dict[str, np.ndarray]], exchange: str) 
     assert_same(run_ranks(4, kernels_on_a_rank, exchange), alone["across-some, 2 groups"], 2, 1e-5, exchange)
 
 
-def fused_on_a_rank(exchange: str, backend: str, cases: list[str]) -> dict[str, dict[str, np.ndarray]]:
+def fused_on_a_rank(exchange: str, backend: str, cases: list[str], taps: int) -> dict[str, dict[str, np.ndarray]]:
     """Context ranks only, and no learnt states: states are exchanged in the middle of the kernels."""
     chunks.SEGMENT_TOKENS = 16  # in this forked process: two chunks of a rank are two segments
     with joined(ParallelConfig(context=int(os.environ["WORLD_SIZE"]), exchange=exchange)) as topology:
         found = {
-            name: computed(DOCUMENTS[name], 2, topology.context, topology.tensor, backend, learnt=False)
+            name: computed(DOCUMENTS[name], 2, topology.context, topology.tensor, backend, False, taps)
             for name in cases
         }
     return {case: {name: tensor.numpy() for name, tensor in tensors.items()} for case, tensors in found.items()}
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "exchange", "cases"),
+    ("num_ranks", "exchange", "cases", "taps"),
     [
-        (2, "gather", ["across-some", "many-short"]),
-        (3, "neighbour", ["across-all"]),
-        (2, "neighbour", ["ends-at-borders"]),
+        (2, "gather", ["across-some", "many-short"], TAPS),
+        (3, "neighbour", ["across-all"], TAPS),
+        (2, "neighbour", ["ends-at-borders"], TAPS),
+        (2, "gather", ["across-some"], 1),
     ],
     ids=str,
 )
-def test_exchange_inside_the_kernels(num_ranks: int, exchange: str, cases: list[str]) -> None:
-    (expected,) = run_ranks(1, fused_on_a_rank, "gather", "torch", cases)
-    ranks = run_ranks(num_ranks, fused_on_a_rank, exchange, "triton", cases)
+def test_exchange_inside_the_kernels(num_ranks: int, exchange: str, cases: list[str], taps: int) -> None:
+    (expected,) = run_ranks(1, fused_on_a_rank, "gather", "torch", cases, taps)
+    ranks = run_ranks(num_ranks, fused_on_a_rank, exchange, "triton", cases, taps)
     for case, whole in expected.items():
         assert_same([rank[case] for rank in ranks], whole, 1, 1e-5, case)
 
