@@ -50,7 +50,7 @@ def context_bytes(layout: Layout, kind: str) -> float:
     if exchange == "gather":
         return (size - 1) * (8 * state + 8 * heads + 8 * groups * mixer.d_state) + rows
     if exchange == "neighbour":
-        return neighbours * (4 * state + element * groups * mixer.d_state) + rows
+        return neighbours * (4 * state + FP32 * groups * mixer.d_state) + rows
     tokens_sent = (1 - 1 / size) * (2 * element * inner + 12 * heads * layout.tensor) / layout.tensor
     return layout.tokens * (tokens_sent + (size - 1) * 4 * element * groups * mixer.d_state) + rows
 

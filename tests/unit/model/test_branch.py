@@ -35,21 +35,19 @@ def test_layers_read_the_stream_as_if_each_branched_off_by_itself(position: str)
     config = load_config(TINY, [f"model.norm_position={position}", "model.layer_pattern=HM", "model.num_layers=4"])
     with joined(ParallelConfig()):
         encoder = build_model(config, 256, torch.device("cpu")).encoder
-    layers, stretch = list(encoder.layers.values()), Stretch((0, 9, 21), 0, 21, torch.device("cpu"))
-    x, grad = (torch.randn(21, config.model.d_model, requires_grad=True) for _ in range(2))
-    leaves = [x, *(parameter for layer in layers for parameter in layer.parameters())]
-    branch = branched if position == "post" else unbranched
+        layers, stretch = list(encoder.layers.values()), Stretch((0, 9, 21), 0, 21, torch.device("cpu"))
+        x, grad = (torch.randn(21, config.model.d_model, requires_grad=True) for _ in range(2))
+        leaves = [x, *(parameter for layer in layers for parameter in layer.parameters())]
+        branch = branched if position == "post" else unbranched
 
-    def one_by_one() -> torch.Tensor:
-        stream = x
-        for layer in layers:
-            stream = layer(branch(stream), stretch).x_TD
-        return stream
+        def one_by_one() -> torch.Tensor:
+            stream = x
+            for layer in layers:
+                stream = layer(branch(stream), stretch).x_TD
+            return stream
 
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = run_layers(list(enumerate(layers)), x, stretch, KEEP_ALL, branch), one_by_one()
+        with torch.autocast("cpu", torch.bfloat16):  # backward too, as megatron-core's layers want it on a CPU
+            found, expected = run_layers(list(enumerate(layers)), x, stretch, KEEP_ALL, branch), one_by_one()
+            ours, theirs = (torch.autograd.grad(result, leaves, grad) for result in (found, expected))
     assert torch.equal(found, expected)
-    for ours, theirs in zip(
-        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(expected, leaves, grad), strict=True
-    ):
-        assert torch.equal(ours, theirs)
+    assert all(torch.equal(gradient, wanted) for gradient, wanted in zip(ours, theirs, strict=True))

@@ -160,13 +160,14 @@ def test_a_million_tokens_on_two_gpus() -> None:
 
 
 def test_bytes_of_context_parallelism_do_not_grow_with_the_sequence() -> None:
-    """docs/parallelism.md at d_model 1024: S = 131,072, 32 heads, one group of 64; 3 rows of 2 kB from a neighbour."""
+    """docs/parallelism.md at d_model 1024: S = 131,072, 32 heads, one group of 64; 3 rows from a neighbour, in bf16."""
+    rows = 3 * 2 * (2 * 2048 + 4 * 64 + 2 * 32)
     for seqlen in (2048, 1_048_576):
         options = (f"data.seqlen={seqlen}", "training.micro_batch_size=1", "training.global_batch_size=8")
         for exchange, ranks, expected in (
-            ("gather", 2, 8 * 131_072 + 8 * 32 + 8 * 64 + 3 * 2048),
-            ("gather", 4, 3 * (8 * 131_072 + 8 * 32 + 8 * 64) + 2 * 3 * 2048),
-            ("neighbour", 4, 2 * (4 * 131_072 + 2 * 64) + 2 * 3 * 2048),
+            ("gather", 2, 8 * 131_072 + 8 * 32 + 8 * 64 + rows),
+            ("gather", 4, 3 * (8 * 131_072 + 8 * 32 + 8 * 64) + 2 * rows),
+            ("neighbour", 4, 2 * (4 * 131_072 + 4 * 64) + 2 * rows),
         ):
             found = layout(ranks, f"parallel.context={ranks}", f"parallel.exchange={exchange}", *options)
             assert context_bytes(found, "H") == expected
