@@ -148,7 +148,9 @@ def _refuse_same_keys(paths: Sequence[Path]) -> None:
 
 def _read(store: TokenStore, number: int, labels: np.ndarray | None) -> _Shard:
     entry = store.entry.shards[number]
-    counts = np.bincount(store.read_shard(number), minlength=store.vocab_size)
+    counts = np.zeros(store.vocab_size, np.int64)
+    for tokens in store.read_shard(number):  # a block at a time: memory does not grow with the shard
+        counts += np.bincount(tokens, minlength=store.vocab_size)
     here = None if labels is None else np.array(labels[store.documents_of(number)])
     return _Shard(store.folder / entry.name, entry, store.lengths_of(number), counts, here)
 

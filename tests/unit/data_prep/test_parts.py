@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,22 @@ def test_sample_keys_of_joined_parts_differ(corpus: Path, tmp_path: Path) -> Non
         with tarfile.open(path) as tar:
             names += tar.getnames()
     assert len(set(names)) == len(names) == 6
+
+
+def test_joining_takes_little_memory_and_counts_every_block(tmp_path: Path) -> None:
+    """Of a shard of 2 million tokens: an index for each of them would be 16 MB."""
+    (tmp_path / "text.txt").write_text("".join(f"{number} abc\n" for number in range(1 << 18)))
+    one = options(tmp_path / "text.txt", tmp_path / "one", source="text", eval_fraction=0)
+    prepare(one.model_copy(update={"document_unit": "line"}))
+    assert len(read_manifest(tmp_path / "one").splits["train"].shards[0].blocks) > 9
+    tracemalloc.start()
+    try:
+        join([tmp_path / "one"], tmp_path / "data")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    whole, joined = (np.load(tmp_path / name / "train" / "counts.npy") for name in ("one", "data"))
+    assert np.array_equal(whole, joined) and whole.sum() > 2_000_000
 
 
 def test_a_part_that_is_there_is_left_alone(corpus: Path, tmp_path: Path) -> None:
