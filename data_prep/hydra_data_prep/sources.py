@@ -151,6 +151,11 @@ def _read_csv(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[
         for row in rows:
             if row[options.text_field] is None:
                 raise DataError(f"{where}: line {rows.line_num}: fewer columns than the header; repair or remove it")
+            if None in row:  # else a text with commas and no quotes around it would be cut at the first
+                raise DataError(
+                    f"{where}: line {rows.line_num}: more columns than the header, expected {len(columns)}; put quotes"
+                    " around texts that hold commas"
+                )
             yield row[options.text_field]
     except csv.Error as error:
         raise DataError(f"{where}: line {rows.line_num}: not CSV ({error}); repair the file") from None
