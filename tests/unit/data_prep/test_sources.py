@@ -99,6 +99,20 @@ def test_tables(source: str, compressed: bool, tmp_path: Path) -> None:
     assert list(read_files(source, [tmp_path], SourceOptions(text_field="body"))) == DOCUMENTS
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    for name, text in (
+        ("in/b/a.txt", "second"),
+        ("in/a.txt", "first"),
+        ("in/.hidden/a.txt", "no"),
+        ("out/a.txt", "last"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "out")
+    (tmp_path / "out" / "back").symlink_to(tmp_path / "in")
+    assert list(read_files("text", [tmp_path / "in"], DEFAULT)) == ["first", "second", "last"]
+
+
 def test_wheel_members_are_read_by_suffix(tmp_path: Path) -> None:
     path = tmp_path / "corpus-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -175,7 +189,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({})[:90]), "no data.tar inside"),
     ("deb", "a.deb", _cut_deb, "data.tar.xz is damaged"),
     ("deb", "a.deb", lambda p: p.write_bytes(_cut_gzip_header()), "data.tar.gz is damaged"),
-    ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({}).replace(b"data.tar.xz", b"data.tar.:x")), "is damaged"),
+    ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({}).replace(b"data.tar.xz", b"data.tar:xz")), "is damaged"),
     ("text", "gone", lambda p: None, "no such file or folder here; check --input, which takes"),
     ("jsonl", "empty", lambda p: p.mkdir(), "holds no file .jsonl or .ndjson"),
 ]
