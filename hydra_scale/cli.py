@@ -93,7 +93,6 @@ def prepare(
     """Turn documents into a tokenizer, WebDataset shards of tokens, and a manifest."""
     from pydantic import ValidationError
 
-    from hydra_data_prep.histogram import drawing
     from hydra_data_prep.parts import part_of, prepare_part, prepare_with_processes
     from hydra_data_prep.prepare import PrepareOptions
     from hydra_data_prep.prepare import prepare as run
@@ -119,7 +118,9 @@ def prepare(
     if (task is None) != (tasks is None) or (tasks and processes > 1):
         raise ConfigError("--task and --tasks belong together, without --processes")
     if histogram:
-        drawing()  # what is missing is said now, not after the work
+        from hydra_data_prep.histogram import check_picture
+
+        check_picture(histogram)
     if task is not None and tasks is not None:
         options = part_of(options, task, tasks)
     begun = time.monotonic()

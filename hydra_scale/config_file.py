@@ -142,9 +142,20 @@ def _validate(kind: type[AnySection], values: dict[str, Any], places: dict[KeyPa
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        keys = tuple(str(part) for part in first["loc"])
+        keys = _keys_in(values, first["loc"])
         place = next((places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in places), source)
         raise ConfigError(f"{place}: {_explain(kind, keys, first)}") from None
+
+
+def _keys_in(values: Any, location: tuple[str | int, ...]) -> KeyPath:
+    """Where an error is, without the names that pydantic gives to the forms a value may have."""
+    keys: list[str] = []
+    for part in location:
+        is_place = isinstance(values, list | tuple) and isinstance(part, int)
+        if is_place or isinstance(values, dict):
+            keys.append(str(part))
+            values = values[part] if is_place else values.get(part)
+    return tuple(keys)
 
 
 def _explain(kind: type[BaseModel], keys: KeyPath, error: Any) -> str:

@@ -54,7 +54,7 @@ def _read_wheel(file: Path, options: SourceOptions, wanted: re.Pattern[str] = _A
                     with archive.open(info) as stream:
                         where = f"{file}: {info.filename}"
                         yield from read_member(info.filename, where, cast(BinaryIO, stream), options)
-    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error) as error:
+    except (zipfile.BadZipFile, RuntimeError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise DataError(f"{file}: not a whole, unencrypted zip archive ({error}); copy it again") from None
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror or error}; check the file") from None
@@ -91,11 +91,18 @@ def _read_tgz(file: Path, options: SourceOptions, wanted: re.Pattern[str]) -> It
 def _read_tar(
     stream: BinaryIO, compression: str, file: Path, options: SourceOptions, wanted: re.Pattern[str]
 ) -> Iterator[str]:
-    with tarfile.open(fileobj=stream, mode=f"r|{compression}") as archive:  # type: ignore[call-overload]
+    with _open_tar(stream, compression) as archive:
         for member in archive:
             content = archive.extractfile(member) if member.isfile() and wanted.search(member.name) else None
             if content:
                 yield from read_member(member.name, f"{file}: {member.name}", cast(BinaryIO, content), options)
+
+
+def _open_tar(stream: BinaryIO, compression: str) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=stream, mode=f"r|{compression}")  # type: ignore[call-overload]
+    except (TypeError, ValueError) as error:  # a cut gzip header; a damaged name, which says no compression
+        raise tarfile.ReadError(str(error)) from None
 
 
 def _seek_data(stream: BinaryIO, file: Path) -> str:

@@ -7,8 +7,10 @@ import os
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +30,11 @@ from hydra_scale.data.manifest import (
     read_manifest,
 )
 from hydra_scale.data.shard_writer import save_array
-from hydra_scale.data.shards import Split, TokenStore, document_labels
+from hydra_scale.data.shards import Split, TokenStore, document_labels, token_counts
 from hydra_scale.data.tokenizer import Tokenizer
 from hydra_scale.errors import DataError
+
+_AT_ONCE = 8  # shards that are hashed
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,6 @@ class _Shard:
     path: Path
     entry: ShardEntry
     lengths: np.ndarray
-    counts: np.ndarray
     labels: np.ndarray | None
 
 
@@ -65,14 +68,20 @@ def join(parts: Sequence[Path], output: Path) -> Manifest:
             )
     _refuse_twins(parts, manifests)
     shards: dict[Split, list[_Shard]] = {}
+    counts: dict[Split, np.ndarray] = {}
+    checks: list[Callable[[], None]] = []
     for part, manifest in zip(parts, manifests, strict=True):
         for split in manifest.splits:
             store, labels = TokenStore(part, manifest, split), document_labels(part, manifest, split)
-            found = [_read(store, number, labels) for number in range(len(store.entry.shards))]
-            shards.setdefault(split, []).extend(found)
+            numbers = range(len(store.entry.shards))
+            shards.setdefault(split, []).extend(_shard(store, number, labels) for number in numbers)
+            counts[split] = counts.get(split, 0) + token_counts(part, manifest, split)
+            checks.extend(partial(store.check_shard, number) for number in numbers)
+    with ThreadPoolExecutor(_AT_ONCE) as threads:
+        list(threads.map(lambda check: check(), checks))
     _refuse_same_keys([shard.path for found in shards.values() for shard in found])
     source = first.source | {DROPPED: _dropped(manifests)} | _words(manifests)
-    return _write(parts[0], first.model_copy(update={"source": source}), shards, output)
+    return _write(parts[0], first.model_copy(update={"source": source}), shards, counts, output)
 
 
 def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
@@ -86,18 +95,22 @@ def without_broken(folder: Path, output: Path) -> tuple[Manifest, list[str]]:
     manifest = read_manifest(folder, files_too=False)
     faults: list[str] = []
     shards: dict[Split, list[_Shard]] = {}
+    counts: dict[Split, np.ndarray] = {}
     for split in manifest.splits:
         store, labels = TokenStore(folder, manifest, split), document_labels(folder, manifest, split)
         whole = shards[split] = []
+        counts[split] = np.zeros(store.vocab_size, np.int64)
         for number in range(len(store.entry.shards)):
             try:
-                whole.append(_read(store, number, labels))
+                for tokens in store.read_shard(number):
+                    counts[split] += np.bincount(tokens, minlength=store.vocab_size)
+                whole.append(_shard(store, number, labels))
             except DataError as error:
                 faults.append(str(error))
         if not whole:
             raise DataError(f"{folder / split}: none of its {len(store.entry.shards)} shards is whole; {faults[-1]}")
     source = manifest.source | {WORDS: None}  # those of the shards that are left are not known
-    return _write(folder, manifest.model_copy(update={"source": source}), shards, output), faults
+    return _write(folder, manifest.model_copy(update={"source": source}), shards, counts, output), faults
 
 
 def _listed(classes: tuple[str, ...] | None) -> str:
@@ -146,29 +159,33 @@ def _refuse_same_keys(paths: Sequence[Path]) -> None:
         seen[key] = path
 
 
-def _read(store: TokenStore, number: int, labels: np.ndarray | None) -> _Shard:
+def _shard(store: TokenStore, number: int, labels: np.ndarray | None) -> _Shard:
     entry = store.entry.shards[number]
-    counts = np.bincount(store.read_shard(number), minlength=store.vocab_size)
     here = None if labels is None else np.array(labels[store.documents_of(number)])
-    return _Shard(store.folder / entry.name, entry, store.lengths_of(number), counts, here)
+    return _Shard(store.folder / entry.name, entry, store.lengths_of(number), here)
 
 
-def _write(origin: Path, manifest: Manifest, shards: dict[Split, list[_Shard]], output: Path) -> Manifest:
+def _write(
+    origin: Path,
+    manifest: Manifest,
+    shards: dict[Split, list[_Shard]],
+    counts: dict[Split, np.ndarray],
+    output: Path,
+) -> Manifest:
     with published(output.absolute()) as folder:
         Tokenizer.load(origin / TOKENIZER_FOLDER).save(folder / TOKENIZER_FOLDER)
-        splits = {split: _write_split(folder / split, found) for split, found in shards.items()}
+        splits = {split: _write_split(folder / split, found, counts[split]) for split, found in shards.items()}
         manifest.model_copy(update={"splits": splits}).write(folder)
     return read_manifest(output)
 
 
-def _write_split(folder: Path, shards: list[_Shard]) -> SplitEntry:
+def _write_split(folder: Path, shards: list[_Shard], counts: np.ndarray) -> SplitEntry:
     folder.mkdir()
     entries = []
     for number, shard in enumerate(shards):
         entries.append(shard.entry.model_copy(update={"name": f"shard-{number:06d}.tar"}))
         _link(shard.path, folder / entries[-1].name)
     lengths = np.concatenate([shard.lengths for shard in shards])
-    counts = np.sum([shard.counts for shard in shards], axis=0)
     labels = [shard.labels for shard in shards if shard.labels is not None]
     return SplitEntry(
         documents=len(lengths),

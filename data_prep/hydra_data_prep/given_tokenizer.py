@@ -52,10 +52,10 @@ def _named_beside(folder: Path) -> dict[str, str]:
     named: dict[str, str] = {}
     for name in _BESIDE:
         try:
-            values: dict[str, Any] = json.loads((folder / name).read_bytes())
+            values: Any = json.loads((folder / name).read_bytes())
         except (OSError, ValueError):
             continue
-        for role in _ROLES:
+        for role in _ROLES if isinstance(values, dict) else ():
             value = values.get(role)
             content = value.get("content") if isinstance(value, dict) else value
             if isinstance(content, str):

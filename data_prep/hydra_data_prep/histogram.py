@@ -7,7 +7,7 @@ import numpy as np
 
 from hydra_scale.data.manifest import read_manifest
 from hydra_scale.data.shards import TokenStore
-from hydra_scale.errors import EnvironmentFault
+from hydra_scale.errors import ConfigError, EnvironmentFault
 
 
 def length_histogram(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -38,6 +38,20 @@ def draw_lengths(folder: Path, picture: Path) -> None:
         figure.savefig(picture)
     except (OSError, ValueError) as error:
         raise EnvironmentFault(f"{picture}: cannot be written: {error}; choose another --histogram") from None
+
+
+def check_picture(picture: Path) -> None:
+    """Say before the work what would be said after it.
+
+    Raises:
+        ConfigError: its suffix is that of no format.
+        EnvironmentFault: matplotlib is not installed, or there is no folder for it.
+    """
+    formats = drawing().Figure().canvas.get_supported_filetypes()
+    if picture.suffix.lower().removeprefix(".") not in formats:
+        raise ConfigError(f"--histogram {picture}: expected a name that ends in .{', .'.join(sorted(formats))}")
+    if not picture.absolute().parent.is_dir():
+        raise EnvironmentFault(f"--histogram {picture}: no such folder {picture.parent}; make it or choose another")
 
 
 def drawing() -> ModuleType:

@@ -1,5 +1,6 @@
 """Pictures as documents: the values of their pixels, for the `bytes` tokenizer, and the class of their folder."""
 
+import struct
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ ClassFolders = Literal["folders", "none"]
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP")
 _MODES = {"grey": "L", "rgb": "RGB"}
 _DEEPER = ("I", "F")  # more than 8 bits a pixel: 16-bit and 32-bit grey, floating point
+_DAMAGED = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError, struct.error)
+"""What Pillow's decoders raise for damaged files; they promise nothing."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ def _pixels(image: Any, operations: Any, file: Path, options: ImageOptions) -> b
                 upright = operations.exif_transpose(picture).convert(_MODES[options.color])
     except (image.DecompressionBombWarning, image.DecompressionBombError) as error:
         raise DataError(f"{file}: refused as a decompression bomb ({error}); make it smaller or remove it") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow raises for damaged files
+    except _DAMAGED as error:
         raise DataError(f"{file}: cannot be read as a picture ({error}); repair or remove it") from None
     side = (options.size, options.size)
     fitted = upright if upright.size == side else operations.fit(upright, side, image.Resampling.BICUBIC)

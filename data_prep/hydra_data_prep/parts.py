@@ -6,6 +6,7 @@ A part is a prepared folder OUTPUT/part-00003-of-00008, whole or absent: a part 
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hydra_data_prep.prepare import PrepareOptions, Progress, described, prepare
 from hydra_data_prep.publish import check_free, remove_leftovers
 from hydra_data_prep.report import Report, report_of
 from hydra_scale.data.manifest import MANIFEST, read_manifest
-from hydra_scale.errors import ConfigError, DataError
+from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
 
 
 def part_of(options: PrepareOptions, task: int, tasks: int) -> PrepareOptions:
@@ -73,7 +74,13 @@ def prepare_with_processes(
 def _all(pool: ProcessPoolExecutor, parts: Sequence[PrepareOptions], progress: Progress) -> None:
     progress("preparing parts", 0, len(parts))
     for number, future in enumerate(as_completed([pool.submit(prepare_part, part) for part in parts]), start=1):
-        future.result()
+        try:
+            future.result()
+        except BrokenProcessPool:
+            raise EnvironmentFault(
+                f"--processes {len(parts)}: one of them was killed, perhaps for want of memory; run it again, which"
+                " keeps the parts that are whole, or with fewer"
+            ) from None
         progress("preparing parts", number, len(parts))
 
 

@@ -38,7 +38,7 @@ from hydra_scale.data.manifest import (
 from hydra_scale.data.shard_writer import ShardWriter
 from hydra_scale.data.shards import Split, token_dtype
 from hydra_scale.data.tokenizer import SPECIAL_PIECES, Tokenizer, normalise_text
-from hydra_scale.errors import ConfigError, DataError
+from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
 
 SourceKind = Literal[
     "text", "html", "jsonl", "csv", "parquet", "fasta", "wheel", "deb", "images",
@@ -51,6 +51,14 @@ DEFAULT_VOCAB_SIZE = 16384
 DEFAULT_LANGUAGE_CONFIDENCE = 0.5
 _BATCH_BYTES = 1 << 20
 _REPORT_EVERY = 1000  # documents
+_FILES_OF = {
+    "text_field": ("jsonl", "csv", "parquet"),
+    "document_unit": ("text",),
+    "window": ("fasta",),
+    "reverse_complement": ("fasta",),
+    "soft_mask": ("fasta",),
+}
+"""Options of how files are read, and the sources of such files; archives and corpora may hold any."""
 
 
 class PrepareOptions(BaseModel):
@@ -167,13 +175,15 @@ def _check(options: PrepareOptions) -> None:
     trained = options.tokenizer == "sentencepiece"
     if options.part and trained:
         raise ConfigError(
-            "--tasks needs a tokenizer that all parts share; prepare a sample first and give its folder as --tokenizer"
+            "a preparation in parts (--processes, --tasks) needs a tokenizer that all of them share; prepare a sample"
+            " first and give its folder as --tokenizer"
         )
     if options.part and options.divide == "files" and options.source in CORPORA:
         raise ConfigError(f"--source {options.source} is not divided by files; give --divide documents")
     if not trained and (options.vocab_size is not None or options.model_type is not None):
         flag = "--vocab-size" if options.vocab_size is not None else "--model-type"
         raise ConfigError(f"{flag} is for a tokenizer to train; --tokenizer {options.tokenizer} is fixed: leave it out")
+    _check_reading(options)
     _check_images(options)
     if options.max_characters is not None and options.max_characters < options.min_characters:
         raise ConfigError(
@@ -182,6 +192,17 @@ def _check(options: PrepareOptions) -> None:
     if options.language_confidence is not None and options.language is None:
         raise ConfigError("--language-confidence is the least for --language; give one, as --language en")
     check_free(options.output)
+
+
+def _check_reading(options: PrepareOptions) -> None:
+    """How files are read is not to be said of sources that have no such files: nothing would become of it."""
+    for name, sources in _FILES_OF.items():
+        is_given = getattr(options, name) != PrepareOptions.model_fields[name].default
+        if is_given and options.source not in (*sources, "wheel", "deb", *CORPORA):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is for --source {', '.join(sources)}, wheel, deb or a corpus, found"
+                f" {options.source}; leave it out"
+            )
 
 
 def _check_images(options: PrepareOptions) -> None:
@@ -240,12 +261,18 @@ def _inputs(options: PrepareOptions) -> Sequence[Path]:
     number, count = options.part
     files = list_files(options.input, source_suffixes(options.source))
     if len(files) < count:
-        raise ConfigError(f"--input holds {len(files)} files for --tasks {count}; give fewer, or --divide documents")
+        raise ConfigError(
+            f"--input holds {len(files)} files for {count} parts; give fewer --processes or --tasks, or --divide"
+            " documents"
+        )
     return files[number::count]
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale"
+    except RuntimeError:
+        raise EnvironmentFault("this user has no home folder for downloads; give --cache FOLDER") from None
 
 
 def _counted(documents: Iterator[CleanDocument], cleaning: Cleaning, progress: Progress) -> Iterator[CleanDocument]:

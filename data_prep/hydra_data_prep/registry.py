@@ -100,8 +100,15 @@ def read_corpus(name: str, cache: Path, options: SourceOptions) -> Iterator[str]
 
 
 def _fetched(corpus: Corpus, folder: Path) -> list[Path]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):  # of several processes that prepare parts one fetches
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock").acquire()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{folder}: cannot be written: {error.strerror or error}; free space or permissions, or give another"
+            " --cache"
+        ) from None
+    with lock:  # of several processes that prepare parts one fetches
         missing = [package for package in corpus.packages if not _files_of(corpus, package, folder)]
         if missing:
             _fetch(corpus.client, missing, folder)

@@ -84,8 +84,7 @@ def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
     files: list[Path] = []
     for path in inputs:
         if path.is_dir():
-            inside = sorted(file for file in path.rglob("*") if file.is_file() and not _hidden(file, path))
-            wanted = [file for file in inside if plain_name(file.name).endswith(suffixes or ("",))]
+            wanted = [file for file in _files_inside(path) if plain_name(file.name).endswith(suffixes or ("",))]
             if not wanted:
                 raise DataError(f"{path}: holds no file {' or '.join(suffixes)}".rstrip() + "; check --input")
             files.extend(wanted)
@@ -96,8 +95,20 @@ def list_files(inputs: Sequence[Path], suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _files_inside(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """In the order of their paths, through links to folders, but for those that lead back."""
+    real = folder.resolve()
+    if real in above:
+        return
+    try:
+        inside = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}; check the folder") from None
+    for path in inside:
+        if path.is_dir():
+            yield from _files_inside(path, (*above, real))
+        elif path.is_file():
+            yield path
 
 
 def _read_path(reader: Reader, file: Path, options: SourceOptions) -> Iterator[str]:
@@ -151,6 +162,11 @@ def _read_csv(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[
         for row in rows:
             if row[options.text_field] is None:
                 raise DataError(f"{where}: line {rows.line_num}: fewer columns than the header; repair or remove it")
+            if None in row:  # else a text with commas and no quotes around it would be cut at the first
+                raise DataError(
+                    f"{where}: line {rows.line_num}: more columns than the header, expected {len(columns)}; put quotes"
+                    " around texts that hold commas"
+                )
             yield row[options.text_field]
     except csv.Error as error:
         raise DataError(f"{where}: line {rows.line_num}: not CSV ({error}); repair the file") from None

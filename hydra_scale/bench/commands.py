@@ -252,17 +252,33 @@ def data(
         typer.Option(help="webdataset,webdataset-collator,streaming,memory-map,datatrove  [all]"),
     ] = None,
     peer_path: PeerPath = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes that prepare at once, beside one; 1: none.  [one for each usable core]"),
+    ] = None,
+    tokens_each: Annotated[
+        int, typer.Option(min=1, help="Tokens, about, that each of --processes prepares.")
+    ] = 40_000_000,
     output: Output = Path("bench"),
 ) -> None:
-    """Loading, positioning, memory, size and preparation of data on one core, beside other pipelines."""
+    """Loading, positioning, memory, size and preparation of data on one core, beside other pipelines; and preparation
+    on several cores."""
     import torch
 
+    from hydra_scale.bench.cores import usable_cores
     from hydra_scale.bench.data import PEERS, Plan, run
     from hydra_scale.bench.peers import Peers
     from hydra_scale.bench.table import on_this_machine
+    from hydra_scale.errors import ConfigError
 
-    plan = Plan(folder, seqlen, sequences, timed, batches, documents, _names("--peers", peers, PEERS, PEERS))
-    origin = on_this_machine(torch.device("cpu"), "", "int64") | {"device": "CPU, one core"}
+    if processes and processes > usable_cores():
+        raise ConfigError(
+            f"--processes {processes}: this process may use {usable_cores()} cores, and each needs its own; give fewer"
+        )
+    names = _names("--peers", peers, PEERS, PEERS)
+    together = processes or usable_cores()
+    plan = Plan(folder, seqlen, sequences, timed, batches, documents, names, together, tokens_each)
+    origin = on_this_machine(torch.device("cpu"), "", "int64") | {"device": "CPU, one core a process"}
     _collect(run(plan, Peers(peer_path or ())), output / "data.csv", origin)
 
 

@@ -1,11 +1,11 @@
 """`hydra-scale bench data`: reading, positioning, memory, size and preparation of data, beside other pipelines.
 
-Everything runs on one core, on the documents of one prepared folder, in files that were just read or written, so the
-page cache is warm. A batch is packed, masked, int64, with what is to be predicted.
+Everything but the last rows runs on one core, on the documents of one prepared folder, in files that were just read
+or written, so the page cache is warm. A batch is packed, masked, int64, with what is to be predicted. The last rows
+prepare with several processes: `hydra_scale.bench.data_scaling`.
 """
 
 import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from hydra_data_prep.prepare import PrepareOptions, prepare
+from hydra_scale.bench.cores import on_cores
 from hydra_scale.bench.data_peers import (
     Batches,
     DocumentTar,
@@ -29,6 +30,7 @@ from hydra_scale.bench.data_peers import (
     packed_and_masked,
     whole_tensor_mask,
 )
+from hydra_scale.bench.data_scaling import preparation_on_cores
 from hydra_scale.bench.instrument import Timing
 from hydra_scale.bench.peers import PeerMissing, Peers, attempt
 from hydra_scale.bench.table import Row
@@ -61,17 +63,24 @@ class Plan:
     num_documents: int
     """Documents that peers and preparation are given, the first ones."""
     peers: Sequence[str]
+    num_processes: int
+    """Processes that prepare together, each on a core of its own; 1: only one process prepares."""
+    tokens_each: int
+    """Tokens, about, that each of them prepares."""
 
 
 def run(plan: Plan, peers: Peers) -> Iterator[list[Row]]:
     """Rows, one subject after the other; files of peers lie in a temporary folder meanwhile."""
-    with _one_core(), tempfile.TemporaryDirectory(prefix="hydra-scale-bench-") as temporary:
-        bench = _Bench(plan, peers, Path(temporary))
-        yield [bench.load_ours(), *bench.load_peers()]
-        yield [bench.position_ours(), *bench.position_peers()]
-        yield bench.sizes()
-        yield [bench.memory(), *billion_documents(Path(temporary))]
-        yield bench.preparation()
+    with tempfile.TemporaryDirectory(prefix="hydra-scale-bench-") as temporary:
+        with _one_core():
+            bench = _Bench(plan, peers, Path(temporary))
+            yield [bench.load_ours(), *bench.load_peers()]
+            yield [bench.position_ours(), *bench.position_peers()]
+            yield bench.sizes()
+            yield [bench.memory(), *billion_documents(Path(temporary))]
+            yield bench.preparation()
+        if plan.num_processes > 1:
+            yield bench.preparation_on_cores()
 
 
 class _Bench:
@@ -143,7 +152,7 @@ class _Bench:
 
     def preparation(self) -> list[Row]:
         """JSON lines of the documents' text to shards, with the tokenizer of the folder; the tokenizer alone."""
-        texts = [self._tokenizer.decode(document) for document in self._documents]
+        texts = self._texts()
         source = self._temporary / "texts.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         num_tokens = sum(len(ids) for ids in self._tokenizer.encode(texts))
@@ -155,6 +164,16 @@ class _Bench:
                 row.milliseconds, row.tokens_per_second = 1e3 * seconds, num_tokens / seconds
             rows.append(row)
         return rows
+
+    def preparation_on_cores(self) -> list[Row]:
+        """The same with one process and with several."""
+        plan, num_tokens = self._plan, sum(map(len, self._documents))
+        arguments = (self._texts(), num_tokens, plan.folder, plan.num_processes, plan.tokens_each, self._temporary)
+        rows, status = attempt(partial(preparation_on_cores, *arguments))
+        return rows or [Row("prepare on cores", "hydra-scale", processes=plan.num_processes, status=status)]
+
+    def _texts(self) -> list[str]:
+        return [self._tokenizer.decode(document) for document in self._documents]
 
     def _preparations(self, texts: list[str], source: Path) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
         options = PrepareOptions(
@@ -278,13 +297,12 @@ def _measure_billion(folder: Path, manifest: Row, order: Row, position: Row) -> 
 @contextmanager
 def _one_core() -> Iterator[None]:
     """This process on one of its cores, and PyTorch on one thread."""
-    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
-    os.sched_setaffinity(0, {max(cores)})
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with on_cores(1):
+            yield
     finally:
-        os.sched_setaffinity(0, cores)
         torch.set_num_threads(threads)
 
 

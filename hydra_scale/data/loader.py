@@ -267,6 +267,14 @@ class EvaluationData:
         self.unigram = Unigram.from_counts(counts, self.tokenizer.is_special)
         """Frequencies in the train split of the same folder."""
 
+    def check_targets(self, num_sequences: int) -> None:
+        """Raises DataError: of these sequences no token is masked, so that nothing could be scored."""
+        if not any(len(batch.targets) for batch, _ in self.batches(num_sequences, 1, 0, 1)):
+            raise DataError(
+                f"{self._split.folder}: no token of its eval split is masked at rate {self._mask_rate:g}, so there is"
+                " nothing to score; prepare again with a larger --eval-fraction, or set data.eval to another folder"
+            )
+
     def batches(
         self, num_sequences: int, micro_batch_size: int, rank: int, num_ranks: int
     ) -> Iterator[tuple[Batch, bool]]:

@@ -79,7 +79,12 @@ def localised(address: str, config: DataConfig) -> Path:
 
 def cache_of(config: DataConfig) -> Path:
     cache = Path(config.cache) if config.cache else _user_cache()
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{cache}: cannot be written: {error.strerror or error}; free space or permissions, or set data.cache"
+        ) from None
     return cache
 
 
@@ -160,4 +165,7 @@ def size_of(folder: Path) -> int:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale" / "data"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hydra-scale" / "data"
+    except RuntimeError:
+        raise EnvironmentFault("this user has no home folder for copies of remote data; set data.cache") from None

@@ -12,7 +12,7 @@ walks the tar; `hydra_scale.data.shard_writer` writes it.
 
 import hashlib
 import mmap
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -91,12 +91,14 @@ class TokenStore:
             look(number)
             self._check_ids(path, number, tokens)
 
-    def read_shard(self, number: int) -> np.ndarray:
-        """All tokens of a shard, hashed and checked, in the type of the shards; see `gather` for what is raised."""
+    def read_shard(self, number: int) -> Iterator[np.ndarray]:
+        """The tokens of a shard, hashed and checked before the first, block by block: views into its file, in the type
+        of the shards. See `gather` for what is raised."""
         entry = self.entry.shards[number]
         _, tokens = self._open(self.folder / entry.name, number)
-        begins, sizes = np.array([(b.offset // self._dtype.itemsize, b.tokens) for b in entry.blocks]).T
-        return tokens[ranges(begins, sizes)]
+        for block in entry.blocks:
+            begin = block.offset // self._dtype.itemsize
+            yield tokens[begin : begin + block.tokens]
 
     def documents_of(self, number: int) -> slice:
         """The documents of a shard, by number."""

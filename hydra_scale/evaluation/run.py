@@ -18,11 +18,13 @@ def evaluate_run(run_dir: Path, data: str, sequences: int | None = None) -> Mask
 
     Raises:
         CheckpointError: no whole checkpoint in `run_dir`.
-        DataError: `data` has no eval split, or was written with another tokenizer than the run's.
+        DataError: `data` has no eval split, or one of too few tokens, or was written with another tokenizer than the
+            run's.
     """
     run = RunFolder(run_dir)
     config = _with_evaluation(run.load_config(), data, sequences)
     held_out = EvaluationData(config.data, Tokenizer.load(run.tokenizer))
+    held_out.check_targets(config.evaluation.sequences)
     with joined(ParallelConfig()) as topology:  # however the run was laid out, its weights are whole
         weights = run.newest_parameters()
         model = MaskedLanguageModel(config.model, weights["head.bias"].numel())

@@ -73,6 +73,7 @@ def _open(config: Config, run: RunFolder, topology: Topology, notices: StopNotic
     broken = on_main_rank(lambda: quarantine(config.data, run))
     data = TrainingData(config.data, config.training.seed, broken.without)
     held_out = EvaluationData(config.data, data.tokenizer, broken.without)
+    held_out.check_targets(config.evaluation.sequences)
     agree(f"{config.data.train}: hash of its manifest", data.fingerprint, "give all nodes the same prepared folder")
     vocab_size = vocab_size_for(config, data.tokenizer.vocab_size)
     on_main_rank(lambda: check_data(run, data, config.data.accept_change))

@@ -1,6 +1,7 @@
 """`bench data` on a small folder: every subject has its rows, and the peers do what they are compared for."""
 
 import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ from typer.testing import CliRunner
 
 from hydra_data_prep.prepare import PrepareOptions, prepare
 from hydra_scale.bench.data_peers import DocumentTar, FlatFile, packed_and_masked, whole_tensor_mask
+from hydra_scale.bench.data_scaling import preparation_on_cores
 from hydra_scale.bench.peers import Peers
 from hydra_scale.cli import app
+from hydra_scale.errors import ConfigError
 
 VOCAB_SIZE = 300
 
@@ -39,7 +42,8 @@ def test_every_subject_has_its_rows(tmp_path: Path) -> None:
     prepare(options)
     sizes = ["--seqlen", 16, "--sequences", 2, "--documents", 70, "--batches", 20, "--timed", 30]
     peers = ["--peers", "webdataset,memory-map,datatrove"]
-    arguments = ["bench", "data", "--data", tmp_path / "data", *sizes, *peers, "--output", tmp_path / "bench"]
+    cores = ["--processes", 2, "--tokens-each", 9000]
+    arguments = ["bench", "data", "--data", tmp_path / "data", *sizes, *peers, *cores, "--output", tmp_path / "bench"]
     result = CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
     assert result.exit_code == 0
     with (tmp_path / "bench" / "data.csv").open(newline="") as file:
@@ -53,6 +57,37 @@ def test_every_subject_has_its_rows(tmp_path: Path) -> None:
         rate, milliseconds = (float(rows["load", name][key]) for key in ("tokens_per_second", "milliseconds"))
         assert rate == pytest.approx(32e3 / milliseconds, rel=2)  # a mean beside a median
     assert float(rows["size", "webdataset"]["size_ratio"]) > 2  # a header and padding for every document
+    one = float(rows["prepare on cores", "one process"]["milliseconds"])
+    for name in ("--processes", "side by side"):
+        row = rows["prepare on cores", name]
+        assert row["processes"] == "2" and int(row["tokens"]) >= 18_000
+        assert float(row["efficiency"]) == pytest.approx(one / (2 * float(row["milliseconds"])), rel=1e-4)
+
+
+def test_every_process_prepares_as_many_documents_none_of_which_is_dropped(tmp_path: Path) -> None:
+    """Also by a tokenizer that knows four letters only."""
+    random = np.random.default_rng(0)
+    texts = ["".join(random.choice(list("ACGT"), size)) for size in random.integers(20, 60, 31)]
+    (tmp_path / "genes.txt").write_text("\n".join(texts))
+    genes = PrepareOptions(
+        source="text", document_unit="line", input=(tmp_path / "genes.txt",), output=tmp_path / "data",
+        tokenizer="nucleotides",
+    )  # fmt: skip
+    prepare(genes)
+    num_tokens = sum(map(len, texts))
+    rows = preparation_on_cores(texts, num_tokens, tmp_path / "data", 2, 3 * num_tokens, tmp_path)
+    files = [tmp_path / f"texts-{number}.jsonl" for number in (0, 1)]
+    made = [[json.loads(line)["text"].split() for line in path.read_text().splitlines()] for path in files]
+    assert [len(documents) for documents in made] == [3 * 31, 3 * 31]
+    assert sorted(text for documents in made for _, text in documents) == sorted(6 * texts)
+    expected = sum(len(number) + len(text) + 2 for documents in made for number, text in documents)
+    assert [(row.status, row.processes, row.tokens) for row in rows] == [("ok", n, expected) for n in (1, 2, 2)]
+
+
+def test_more_processes_than_cores_are_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "data", "--data", str(tmp_path), "--processes", "100000"])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--processes 100000: this process may use ")
 
 
 def test_flat_file_gives_shuffled_documents_end_to_end(tmp_path: Path) -> None:

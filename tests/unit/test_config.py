@@ -64,12 +64,12 @@ def test_a_mistake_is_one_line_that_names_it(tmp_path: Path, text: str, override
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("data.train=[{pat: x}]", "data.train.list.0.path is missing"),
-        ("data.train=[{path: x, weight: 0}]", "data.train.list.0.weight: found 0"),
-        ("data.train=[]", "data.train.list: found []"),
-        ("data.train=5", "data.train.folder: found 5"),
-        ("data.mask_rate=1.5", "data.mask_rate.constant: found 1.5"),
-        ("data.mask_rate=[[0, 2]]", "data.mask_rate.schedule.0.1: found 2"),
+        ("data.train=[{pat: x}]", "data.train.0.path is missing"),
+        ("data.train=[{path: x, weight: 0}]", "data.train.0.weight: found 0"),
+        ("data.train=[]", "data.train: found []"),
+        ("data.train=5", "data.train: found 5"),
+        ("data.mask_rate=1.5", "data.mask_rate: found 1.5"),
+        ("data.mask_rate=[[0, 2]]", "data.mask_rate.0.1: found 2"),
         ("data.mask_rate=[[5, 0.1], [3, 0.2]]", "mask_rate has the steps [5, 3]; expected ascending ones"),
     ],
 )

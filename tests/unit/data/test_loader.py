@@ -240,6 +240,14 @@ def test_evaluation_takes_the_first_sequences_with_fixed_masks(folder: Path) -> 
     assert list(chain(*first)) == list(chain(*one_by_one))
 
 
+def test_evaluation_without_targets_is_refused(write_folder: WriteFolder) -> None:
+    """Two tokens a document that are never masked, and one that is, at so low a rate that it seldom happens."""
+    folder = write_folder(random_documents(31), [np.array([2, 100, 3])] * 2)
+    with pytest.raises(DataError, match="no token of its eval split is masked at rate 1e-06, .* --eval-fraction"):
+        EvaluationData(config(folder, eval_mask_rate=1e-6)).check_targets(100)
+    EvaluationData(config(folder, eval_mask_rate=0.999)).check_targets(100)
+
+
 def test_evaluation_has_its_own_mask_rate(folder: Path) -> None:
     data = EvaluationData(config(folder, eval_mask_rate=0.6))
     batches = [batch for batch, _ in data.batches(10_000, 8, 0, 1)]

@@ -297,6 +297,13 @@ def test_a_store_that_refuses_is_asked_once(
     assert set(fetched(flaky).values()) == {1}
 
 
+def test_a_cache_that_cannot_be_written(write_folder: WriteFolder, tmp_path: Path) -> None:
+    address = uploaded(write_folder(random_documents(50)))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EnvironmentFault, match=r"file/cache: cannot be written: Not a directory; .* set data.cache"):
+        localised(address, config(address, tmp_path / "file"))
+
+
 def test_without_s3fs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)

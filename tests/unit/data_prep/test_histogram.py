@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from hydra_data_prep.histogram import drawing, length_histogram
 from hydra_scale.cli import app
-from hydra_scale.errors import EnvironmentFault
+from hydra_scale.errors import ConfigError, EnvironmentFault
 
 
 def test_counts_by_hand() -> None:
@@ -29,6 +29,18 @@ def test_prepare_draws_both_splits(tmp_path: Path, sentences: list[str]) -> None
     assert f"histogram  {picture}" in result.output
     drawn = picture.read_text()
     assert "<svg" in drawn and "train:" in drawn and "eval:" in drawn
+
+
+def test_what_cannot_be_drawn_is_said_before_the_work(tmp_path: Path) -> None:
+    for picture, fault, message in [
+        (tmp_path / "a.xyz", ConfigError, r"a.xyz: expected a name that ends in .*\.svg"),
+        (tmp_path / "no" / "a.svg", EnvironmentFault, "no/a.svg: no such folder"),
+    ]:
+        arguments = ["prepare", "--source", "text", "--input", __file__, "--tokenizer", "bytes"]
+        arguments += ["--output", str(tmp_path / "data"), "--histogram", str(picture)]
+        with pytest.raises(fault, match=message):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert not (tmp_path / "data").exists()
 
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,15 @@ def png(values: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def odd_tiff() -> bytes:
+    """The number of rows in a strip is no whole number."""
+    stream = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(stream, "TIFF")
+    content = bytearray(stream.getvalue())
+    content[72] ^= 1
+    return bytes(content)
+
+
 def flipped(content: bytes) -> bytes:
     """With one bit changed in the middle of the pixels."""
     middle = len(content) // 2
@@ -83,9 +92,10 @@ def flipped(content: bytes) -> bytes:
         (b"no picture", "cannot be read as a picture .*; repair or remove it"),
         (b"", "cannot be read as a picture"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "cannot be read as a picture"),
+        (odd_tiff(), "cannot be read as a picture .*; repair or remove it"),
         (png(np.full((8, 8), 1000, np.uint16)), "a picture of mode I;16, expected 8 bits a value; convert it"),
     ],
-    ids=["bomb", "cut", "flipped", "text", "empty", "postscript", "deep"],
+    ids=["bomb", "cut", "flipped", "text", "empty", "postscript", "tiff", "deep"],
 )
 def test_pictures_that_are_refused(content: bytes, message: str, tmp_path: Path) -> None:
     corpus = folder_of(tmp_path / "in", pictures("grey")[:3])

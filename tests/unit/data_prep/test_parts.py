@@ -1,7 +1,11 @@
 """Preparation in parts: together they hold what one preparation holds, and nothing is made twice."""
 
 import json
+import os
+import signal
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +14,12 @@ import pytest
 from typer.testing import CliRunner
 
 from hydra_data_prep.assemble import join, without_broken
-from hydra_data_prep.parts import part_of, parts_in, prepare_part
+from hydra_data_prep.parts import part_of, parts_in, prepare_part, prepare_with_processes
 from hydra_data_prep.prepare import PrepareOptions, prepare
 from hydra_data_prep.verify import verify
 from hydra_scale.cli import app
 from hydra_scale.data.manifest import read_manifest
-from hydra_scale.errors import ConfigError, DataError
+from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
 
 
 @pytest.fixture
@@ -70,6 +74,23 @@ def test_sample_keys_of_joined_parts_differ(corpus: Path, tmp_path: Path) -> Non
     assert len(set(names)) == len(names) == 6
 
 
+@pytest.mark.parametrize("make", [lambda one, new: join([one], new), without_broken], ids=["join", "without_broken"])
+def test_little_memory_and_every_block_counted(make: Callable[[Path, Path], object], tmp_path: Path) -> None:
+    """Of a shard of 2 million tokens: an index for each of them would be 16 MB."""
+    (tmp_path / "text.txt").write_text("".join(f"{number} abc\n" for number in range(1 << 18)))
+    one = options(tmp_path / "text.txt", tmp_path / "one", source="text", eval_fraction=0)
+    prepare(one.model_copy(update={"document_unit": "line"}))
+    assert len(read_manifest(tmp_path / "one").splits["train"].shards[0].blocks) > 9
+    tracemalloc.start()
+    try:
+        make(tmp_path / "one", tmp_path / "data")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    whole, joined = (np.load(tmp_path / name / "train" / "counts.npy") for name in ("one", "data"))
+    assert np.array_equal(whole, joined) and whole.sum() > 2_000_000
+
+
 def test_a_part_that_is_there_is_left_alone(corpus: Path, tmp_path: Path) -> None:
     part = part_of(options(corpus, tmp_path / "parts"), 1, 3)
     assert prepare_part(part) is not None
@@ -99,9 +120,9 @@ def test_what_cannot_be_joined(corpus: Path, tmp_path: Path) -> None:
 def test_refused_divisions(corpus: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--task 3 of --tasks 3: expected 0 to 2"):
         part_of(options(corpus, tmp_path), 3, 3)
-    with pytest.raises(ConfigError, match="holds 3 files for --tasks 4"):
+    with pytest.raises(ConfigError, match="holds 3 files for 4 parts; give fewer"):
         prepare_part(part_of(options(corpus, tmp_path / "parts"), 0, 4))
-    with pytest.raises(ConfigError, match="--tasks needs a tokenizer that all parts share"):
+    with pytest.raises(ConfigError, match=r"\(--processes, --tasks\) needs a tokenizer that all of them share"):
         prepare_part(part_of(options(corpus, tmp_path / "parts", tokenizer="sentencepiece"), 0, 3))
 
 
@@ -128,6 +149,16 @@ def test_processes_and_tasks_on_the_command_line(corpus: Path, tmp_path: Path, r
     (tmp_path / "data" / "train" / "shard-000001.tar").unlink()
     with pytest.raises(DataError, match="shard-000001.tar: missing"):
         call("prepare", "--verify", tmp_path / "data")
+
+
+def die(part: PrepareOptions) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_is_named(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydra_data_prep.parts.prepare_part", die)
+    with pytest.raises(EnvironmentFault, match="--processes 2: one of them was killed"):
+        prepare_with_processes(options(corpus, tmp_path / "data"), 2)
 
 
 def test_broken_shards_are_left_out_and_counted(corpus: Path, tmp_path: Path, read_tokens: Any) -> None:

