@@ -1,13 +1,12 @@
 """From a configuration to submitted jobs: everything is checked first, then written into the run folder, then sent."""
 
-import json
 import shlex
 import shutil
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_launch.freeze import freeze_code
+from hydra_launch.jobs import record_jobs, recorded_jobs
 from hydra_launch.preview import check_memory
 from hydra_launch.script import TEMPLATES, JobPlan, render
 from hydra_launch.site import Site
@@ -80,23 +79,8 @@ def send(plan: JobPlan, script: Path) -> list[str]:
     jobs: list[str] = []
     for _ in range(plan.segments):
         jobs.append(submit(script, f"afterany:{jobs[-1]}" if jobs else None))
-        _record(plan.run_dir, jobs)
+        record_jobs(plan.run_dir, jobs)
     return jobs
-
-
-def recorded_jobs(run_dir: Path) -> list[str]:
-    """Job ids of the newest launch; empty if there was none.
-
-    Raises:
-        CheckpointError: the record is damaged.
-    """
-    file = run_dir / "launch" / "jobs.json"
-    try:
-        return [str(job) for job in json.loads(file.read_text())["jobs"]]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a record of jobs: {error!r}; delete it when no job runs here") from None
 
 
 def read_sweep(path: Path | None) -> list[list[str]]:
@@ -150,8 +134,3 @@ def _refuse_second_job(run_dir: Path) -> None:
             raise CheckpointError(
                 f"{run_dir}: job {job} of an earlier launch is {state}; wait, `hydra-scale launch stop` or scancel it"
             )
-
-
-def _record(run_dir: Path, jobs: list[str]) -> None:
-    record = {"jobs": jobs, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_durably(run_dir / "launch" / "jobs.json", json.dumps(record).encode())

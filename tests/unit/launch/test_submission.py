@@ -342,6 +342,19 @@ def test_status_and_stop_by_folder(tmp_path: Path) -> None:
     assert "done, 7 steps" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
 
 
+def test_status_and_stop_do_without_pytorch(tmp_path: Path) -> None:
+    """They answer in a fraction of a second, on a login node too."""
+    (tmp_path / "config.yaml").touch()
+    for command in ("status", "stop"):
+        program = (
+            f"import sys; from hydra_scale.cli import app; app(['launch', '{command}', '--run-dir', '.'],"
+            " standalone_mode=False); print('torch' in sys.modules)"
+        )
+        python = [sys.executable, "-c", program]
+        shown = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert shown.stdout.endswith("False\n"), shown.stdout
+
+
 @pytest.mark.parametrize("mark", ["done", "epoch"])
 def test_damaged_marks_are_named(tmp_path: Path, mark: str) -> None:
     (tmp_path / mark).write_text('{"ste')
