@@ -111,6 +111,7 @@ def local(
     options = ["--processes", str(processes), "--run-dir", str(run_dir), "--max-restarts", str(max_restarts)]
     command = [sys.executable, "-m", "hydra_launch.agent", *options, "--", "--config", str(run_dir / "config.yaml")]
     sys.stderr.flush()
+    chosen["PYTHONSAFEPATH"] = "1"  # `python -m` would look for packages in the working directory first
     os.execve(sys.executable, command, os.environ | chosen)  # in place of this process: signals meet the agent itself
 
 

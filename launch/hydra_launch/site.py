@@ -101,7 +101,7 @@ class Site(Section):
             variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.network_interface)
         if self.master_address:
             variables["HYDRA_SCALE_MASTER_ADDR"] = self.master_address
-        loads = [f"module load {shlex.quote(module)}" for module in self.modules]
+        loads = [f"module load {module} || set_up_failed module load {module}" for module in self.modules]
         return loads + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
     def command(self, run_dir: Path) -> tuple[str, str]:

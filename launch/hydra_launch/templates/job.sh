@@ -22,7 +22,6 @@ trap 'hear USR1' USR1
 trap 'hear TERM' TERM
 
 export HYDRA_SCALE_MASTER_ADDR=${HYDRA_SCALE_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export PYTHONPATH=$base/launch/code
 if [ -n "${SLURM_JOB_END_TIME:-}" ]; then stop_at=(--stop-at $((SLURM_JOB_END_TIME - notice_seconds))); fi
 
 begin() {
@@ -30,6 +29,11 @@ begin() {
   if [ -e "$run/done" ]; then note 'the run is done already'; exit 0; fi
   if [ -e "$run/stop-request" ]; then note 'not started: a stop is requested'; exit 75; fi
   note "starts on $SLURM_JOB_NODELIST"
+}
+
+set_up_failed() { # a module that is not there, say: the trainers would start without it
+  note "not started: \`$*\` failed on $(hostname): the error stands above; correct the site file and launch again"
+  exit 2
 }
 
 watch() { # wait for process $1; a signal ends bash's wait early, so it is repeated until the process is gone
