@@ -40,6 +40,8 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
         ("data: {train: x}\ntraining:\n  steps: many\n", [], ":3: training.steps: found 'many'"),
         ("data: {train: x}\n", ["optimizer.lr=-1"], "optimizer.lr: found -1; input should be greater than 0"),
         ("data: {train: x}\n", ["optimizer.lr=.nan"], "optimizer.lr: found nan"),
+        ("data: {train: x}\n", ["optimizer.lr=yes"], "optimizer.lr: found True; expected a number"),
+        ("data: {train: x}\n", ["numerics.check_replicas_every=true"], "found True; expected a number"),
         ("data: {train: x}\ndata: {train: y}\n", [], ":2: data is given twice, first at"),
         ("data: {train: x}\n", ["model.mixer.d_conv=4"], "d_conv is 4; a centred convolution needs an odd number"),
         ("data: {train: x}\n", ["model.d_model=100"], "mixer.headdim is 64; it must divide expand * d_model = 200"),
