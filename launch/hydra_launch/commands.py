@@ -131,8 +131,12 @@ def stop(run_dir: RunDir) -> None:
     from hydra_scale.run_marks import RunMarks
 
     for run in runs_of(run_dir):
-        RunMarks(run).request_stop()
-        typer.echo(f"{run}: will stop at its next step")
+        marks = RunMarks(run)
+        if steps := marks.steps_done():
+            typer.echo(f"{run}: done, {steps} steps; nothing to stop")
+            continue
+        marks.request_stop()
+        typer.echo(f"{run}: asked to stop: if it trains, it saves and ends after its step; it does not start again")
 
 
 def _processes(gpus_per_node: int, processes_per_node: int | None) -> int:

@@ -1,7 +1,10 @@
 """From a configuration to submitted jobs: everything is checked first, then written into the run folder, then sent."""
 
+import os
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +13,11 @@ from hydra_launch.jobs import record_jobs, recorded_jobs
 from hydra_launch.preview import check_memory
 from hydra_launch.script import TEMPLATES, JobPlan, render
 from hydra_launch.site import Site
-from hydra_launch.slurm import is_live, job_states, submit
+from hydra_launch.slurm import check_overriding, is_live, job_states, submit
 from hydra_scale.checkpoint.files import write_durably
 from hydra_scale.config import Config
 from hydra_scale.config_file import dump_config, load_config
-from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault, HydraScaleError
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.run_marks import RunMarks
 from hydra_scale.topology import check_layout
@@ -39,17 +42,22 @@ def prepare(plan: JobPlan, site: Site, config: Path, overrides: list[str], sweep
     if plan.array_size and plan.segments > 1:
         raise ConfigError("--array and --segments: an array has no chain; leave one of them out")
     folders = [plan.run_dir / f"{index:04d}" for index in range(len(sweep))] if sweep else [plan.run_dir]
-    runs = {folder: _load(config, overrides, own) for folder, own in zip(folders, sweep or [[]], strict=True)}
-    for folder, settings in runs.items():
-        check_layout(settings, plan.world_size)
-        check_memory(settings, plan, site)
-        RunFolder(folder).check(settings)
+    runs: dict[Path, Config] = {}
+    for folder, own in zip(folders, sweep or [[]], strict=True):
+        with _naming_the_run(own):
+            settings = load_config(config, [*overrides, *own])
+            check_layout(settings, plan.world_size)
+            check_memory(settings, plan, site)
+            RunFolder(folder).check(settings)
+        runs[folder] = settings
     if all(_is_done(folder, settings) for folder, settings in runs.items()):
         raise CheckpointError(
             f"{plan.run_dir}: the run is done; raise training.steps to train on, or skip other batches with"
             " data.skip_batches"
         )
-    return Submission(plan, render(plan, site), runs)
+    script = render(plan, site)
+    check_overriding(os.environ, script)
+    return Submission(plan, script, runs)
 
 
 def write(submission: Submission) -> Path:
@@ -92,19 +100,30 @@ def read_sweep(path: Path | None) -> list[list[str]]:
     if path is None:
         return []
     try:
-        lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a sweep: {error}") from None
-    if not (runs := [line for line in lines if line]):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a sweep: {error}; give --array a text file") from None
+    if not (runs := [own for number, line in enumerate(lines, 1) if (own := _settings(line, f"{path}:{number}"))]):
         raise ConfigError(f"{path}: no run in it; write one run a line, such as `optimizer.lr=1e-3 training.seed=2`")
     return runs
 
 
-def _load(config: Path, overrides: list[str], own: list[str]) -> Config:
+def _settings(line: str, place: str) -> list[str]:
     try:
-        return load_config(config, [*overrides, *own])
-    except ConfigError as error:
-        raise ConfigError(f"run `{shlex.join(own)}` of --array: {error}" if own else str(error)) from None
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}; divide settings by blanks, quotes as in a shell") from None
+
+
+@contextmanager
+def _naming_the_run(own: list[str]) -> Iterator[None]:
+    """Errors within say which run of a sweep they are of; `own`: its settings, none where there is no sweep."""
+    try:
+        yield
+    except HydraScaleError as error:
+        if not own:
+            raise
+        raise type(error)(f"run `{shlex.join(own)}` of --array: {error}") from None
 
 
 def _is_done(folder: Path, settings: Config) -> bool:

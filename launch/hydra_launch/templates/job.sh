@@ -9,7 +9,11 @@ attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export HYDRA_SCALE_STOP_FILE=$run/launch/$attempt.stop
 heard='' code=0 stop_at=()
 
-note() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$attempt" "$*" | tee -a "$run/launch/history.log"; }
+# An element of an array under the name by which squeue shows it.
+shown=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+shown=${shown:-$SLURM_JOB_ID}
+
+note() { printf '%s job %s.%s: %s\n' "$(date +%FT%T%z)" "$shown" "${SLURM_RESTART_COUNT:-0}" "$*" | tee -a "$run/launch/history.log"; }
 
 hear() {
   heard=$1
@@ -82,8 +86,6 @@ finish() {
     exit "$code"
   fi
   note 'requeued'
-  local job=$SLURM_JOB_ID
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi # this element alone
-  scontrol requeue "$job"
+  scontrol requeue "$shown" # of an array this element alone
   exit "$code"
 }

@@ -122,7 +122,7 @@ def test_an_element_of_an_array_has_its_own_folder_and_requeues_itself(start: St
     assert recorded(tmp_path, "scontrol") == ["requeue 15_3"]
     arguments = recorded(tmp_path, "srun")
     assert arguments[arguments.index("--run-dir") + 1] == str(tmp_path / "sweep" / "0003")
-    assert (tmp_path / "sweep" / "0003" / "launch" / "history.log").exists()
+    assert "job 15_3.0: requeued" in (tmp_path / "sweep" / "0003" / "launch" / "history.log").read_text()
 
 
 @pytest.mark.parametrize("shape", ["torchrun", "task"])
