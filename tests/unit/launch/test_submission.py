@@ -22,6 +22,8 @@ from hydra_launch.freeze import PACKAGES, freeze_code
 from hydra_launch.script import SHAPES, fill_in, render, seconds
 from hydra_launch.site import Container, Site, load_site
 from hydra_launch.submission import open_run, read_sweep
+from hydra_scale import preflight
+from hydra_scale.cli import app
 from hydra_scale.config import Config, DataConfig
 from hydra_scale.config_file import dump_config, load_config
 from hydra_scale.errors import CheckpointError, ConfigError, DistributedFault, EnvironmentFault, HydraScaleError
@@ -137,6 +139,23 @@ def test_environment_of_a_task() -> None:
     assert SlurmTask.read(TASK | {"SLURM_RESTART_COUNT": "2"}).master_port == port_of(70001, 2)
     ports = {port_of(job, restarts) for job in range(70_000, 70_020) for restarts in range(10)}
     assert len(ports) == 200 and min(ports) >= 20_000 and max(map(port_of, range(10**6), [0] * 10**6)) < 32_000
+
+
+def test_doctor_takes_its_place_among_the_tasks_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless torchrun has given it one already."""
+    seen: list[str] = []
+    monkeypatch.setattr(preflight, "examine_nodes", lambda *_: seen.append(os.environ["RANK"]))
+    usual = TASK | {"HYDRA_SCALE_MASTER_ADDR": "127.0.0.1"}
+    for variables in (usual | {"RANK": "1"}, usual):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                patch.setenv(name, "")  # put back when all is done
+                patch.delenv(name)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert CliRunner().invoke(app, ["doctor", "--nodes"]).exit_code == 0
+            assert variables is not usual or os.environ["MASTER_PORT"] == str(port_of(70001, 0))
+    assert seen == ["1", "5"]
 
 
 @pytest.mark.parametrize(
