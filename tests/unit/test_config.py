@@ -40,6 +40,7 @@ def test_defaults_then_file_then_overrides(tmp_path: Path) -> None:
         ("data: {train: x}\ntraining:\n  steps: many\n", [], ":3: training.steps: found 'many'"),
         ("data: {train: x}\n", ["optimizer.lr=-1"], "optimizer.lr: found -1; input should be greater than 0"),
         ("data: {train: x}\n", ["optimizer.lr=.nan"], "optimizer.lr: found nan"),
+        ("data: {train: x}\n", ["watchdog.step=0.005"], "watchdog.step: found 0.005; input should be greater than or"),
         ("data: {train: x}\n", ["optimizer.lr=yes"], "optimizer.lr: found True; expected a number"),
         ("data: {train: x}\n", ["numerics.check_replicas_every=true"], "found True; expected a number"),
         ("data: {train: x}\ndata: {train: y}\n", [], ":2: data is given twice, first at"),
