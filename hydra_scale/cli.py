@@ -3,6 +3,7 @@
 Commands import what they need when they run, so that `--help` is instant.
 """
 
+import os
 import sys
 import time
 import warnings
@@ -299,7 +300,9 @@ def fill_mask(
 
 @app.command()
 def doctor(
-    nodes: Annotated[bool, typer.Option("--nodes", help="Look at all nodes; every rank runs this (torchrun).")] = False,
+    nodes: Annotated[
+        bool, typer.Option("--nodes", help="Look at all nodes; every rank runs this (srun or torchrun).")
+    ] = False,
     run_dir: Annotated[Path, typer.Option(help="With --nodes: folder that all of them share.")] = Path(),
     max_skew: Annotated[float, typer.Option(help="Seconds that a node's clock may be off.")] = 1.0,
     min_bandwidth: Annotated[float, typer.Option(help="GB/s of an all-reduce of 64 MiB.")] = 0.0,
@@ -311,6 +314,9 @@ def doctor(
     Exits with 5 if something is missing or wrong, with 6 if a rank is missing, differs, or the network is slow.
     """
     if nodes:
+        from hydra_launch.environment import take_place_in_step
+
+        take_place_in_step(os.environ)
         from hydra_scale.preflight import Limits, examine_nodes
 
         examine_nodes(run_dir, Limits(max_skew, min_bandwidth, max_visible, join), typer.echo)

@@ -94,13 +94,15 @@ class RunMarks:
             raise CheckpointError(f"{self._done}: not a done marker: {error!r}; delete it to train on") from None
 
     def claim(self) -> Claim:
-        """Take the run folder for this start; whoever held it before finds out at its next step edge.
+        """Take the run folder for this start, which trains on, so that the run is no longer done; whoever held it
+        before finds out at its next step edge.
 
         Nobody asks whether that one is alive: of a lost node, or of a process number used again, nothing could tell.
         """
         before = self._read_epoch()
         claim = Claim((before.epoch if before else 0) + 1, secrets.token_hex(8), _this_process(), _now())
         write_durably(self._epoch, json.dumps(asdict(claim)).encode())
+        self.unmark_done()
         if before:
             log.info(
                 "%s: start %d of this run; takes over from %s, which began %s and, if it still runs, ends at its next"

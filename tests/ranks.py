@@ -16,9 +16,10 @@ import torch
 
 from hydra_launch.environment import defaults
 
-_forks = multiprocessing.get_context("forkserver")
+forks = multiprocessing.get_context("forkserver")
+"""Starts processes that have imported everything: an interpreter needs four seconds of a core for that."""
 if not torch.cuda.is_available():  # no fork of a process that has touched CUDA can use it: there each rank imports
-    _forks.set_forkserver_preload(["hydra_scale.training.pretrain", "deepspeed", "hydra_kernels"])
+    forks.set_forkserver_preload(["hydra_scale.training.pretrain", "deepspeed", "hydra_kernels"])
     os.environ["DS_ACCELERATOR"] = "cpu"  # inherited by the server, which imports deepspeed itself
 
 
@@ -29,9 +30,9 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
         AssertionError: a rank raised (with its trace), died or did not return in time.
     """
     port = _free_port()
-    channels = [_forks.Pipe(duplex=False) for _ in range(num_ranks)]
+    channels = [forks.Pipe(duplex=False) for _ in range(num_ranks)]
     processes = [
-        _forks.Process(target=_rank_main, args=(send, rank, num_ranks, port, function, args))
+        forks.Process(target=_rank_main, args=(send, rank, num_ranks, port, function, args))
         for rank, (_, send) in enumerate(channels)
     ]
     for process in processes:
@@ -48,8 +49,8 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
 
 def run_to_death(function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> int:
     """Call `function(*args)` in a process of its own that may kill itself; returns 0 or minus the signal."""
-    receive, send = _forks.Pipe(duplex=False)
-    process = _forks.Process(target=_rank_main, args=(send, 0, 1, _free_port(), function, args))
+    receive, send = forks.Pipe(duplex=False)
+    process = forks.Process(target=_rank_main, args=(send, 0, 1, _free_port(), function, args))
     process.start()
     send.close()
     try:
@@ -76,7 +77,7 @@ def end_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
     """
     port = _free_port()
     processes = [
-        _forks.Process(target=_ending_rank, args=(rank, num_ranks, port, function, args)) for rank in range(num_ranks)
+        forks.Process(target=_ending_rank, args=(rank, num_ranks, port, function, args)) for rank in range(num_ranks)
     ]
     for process in processes:
         process.start()

@@ -7,8 +7,10 @@ A rank owns a flat range [start, stop) of a tensor (a ZeRO slice). Such a range 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
 
-from hydra_scale.parallel.placement import Placement
+if TYPE_CHECKING:  # a type alone: what reads manifests and folders only, such as `launch status`, needs no PyTorch
+    from hydra_scale.parallel.placement import Placement
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _in_row(index: int, start: int, stop: int, shape: tuple[int, ...]) -> Iterat
         yield base + flat, Rectangle((index, *part.offset), (1, *part.size))
 
 
-def placed(box: Rectangle, placement: Placement) -> Iterator[tuple[Rectangle, tuple[slice, ...]]]:
+def placed(box: Rectangle, placement: "Placement") -> Iterator[tuple[Rectangle, tuple[slice, ...]]]:
     """The rectangles of the global tensor that a rectangle of a rank's part of it is, each with its index in `box`."""
     if not placement.stretches:
         yield box, ()

@@ -6,7 +6,8 @@ from pydantic import Field, model_validator
 
 from hydra_scale.config.section import PositiveInt, Section
 
-Seconds = Annotated[float, Field(gt=0.0, le=1e6)]
+Seconds = Annotated[float, Field(ge=1.0, le=1e6)]
+"""At least several heartbeats: below that a rank that works looks like one that fell silent."""
 
 
 class WatchdogConfig(Section):

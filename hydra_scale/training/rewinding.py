@@ -66,7 +66,6 @@ class Rewinds:
                 " another run"
             )
         if skipped != record.batches:
-            self._run.marks.unmark_done()
             self._write(record.model_copy(update={"batches": skipped}))
         if folder is not None:
             is_rewound = any(not _counts(manifest, skipped) for manifest in self._readable_manifests())

@@ -5,6 +5,7 @@ they exited with.
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -15,7 +16,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from hydra_launch.worker import PARENT
-from hydra_scale.errors import EnvironmentFault, HydraScaleError, report
+from hydra_scale.errors import STOPPED_EARLY, EnvironmentFault, HydraScaleError, report
 from hydra_scale.run_marks import STOP_FILE
 
 _NOTICES = (signal.SIGTERM, signal.SIGUSR1)
@@ -67,6 +68,8 @@ def _torchrun(options: list[str], arguments: Sequence[str]) -> Ended:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)  # what it logs of a
+    # failure, even of one that is none, such as code 75, is said below
     command = [*options, "--signals-to-handle=SIGHUP,SIGQUIT", "-m", "hydra_launch.worker", *arguments]
     try:
         run(parse_args(command))
@@ -74,7 +77,8 @@ def _torchrun(options: list[str], arguments: Sequence[str]) -> Ended:
         # a trainer that ended itself knows why; one that was killed may have been so for its sake
         rank, failure = min(failed.failures.items(), key=lambda item: (item[1].exitcode < 0, item[1].timestamp))
         code = failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
-        print(f"[launch] rank {rank} (process {failure.pid}) ended first, with code {code}", file=sys.stderr)
+        if code != STOPPED_EARLY:
+            print(f"[launch] rank {rank} (process {failure.pid}) ended first, with code {code}", file=sys.stderr)
         return Ended(code, stop_heard=False)
     except SignalException as stopped:
         return Ended(128 + int(stopped.sigval), stop_heard=True)

@@ -111,6 +111,7 @@ def local(
     options = ["--processes", str(processes), "--run-dir", str(run_dir), "--max-restarts", str(max_restarts)]
     command = [sys.executable, "-m", "hydra_launch.agent", *options, "--", "--config", str(run_dir / "config.yaml")]
     sys.stderr.flush()
+    chosen["PYTHONSAFEPATH"] = "1"  # `python -m` would look for packages in the working directory first
     os.execve(sys.executable, command, os.environ | chosen)  # in place of this process: signals meet the agent itself
 
 
@@ -130,8 +131,12 @@ def stop(run_dir: RunDir) -> None:
     from hydra_scale.run_marks import RunMarks
 
     for run in runs_of(run_dir):
-        RunMarks(run).request_stop()
-        typer.echo(f"{run}: will stop at its next step")
+        marks = RunMarks(run)
+        if steps := marks.steps_done():
+            typer.echo(f"{run}: done, {steps} steps; nothing to stop")
+            continue
+        marks.request_stop()
+        typer.echo(f"{run}: asked to stop: if it trains, it saves and ends after its step; it does not start again")
 
 
 def _processes(gpus_per_node: int, processes_per_node: int | None) -> int:

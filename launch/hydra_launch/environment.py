@@ -4,7 +4,7 @@ import os
 import socket
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +52,18 @@ class SlurmTask:
             "MASTER_ADDR": self.master_address,
             "MASTER_PORT": str(self.master_port),
         }
+
+
+def take_place_in_step(environment: MutableMapping[str, str]) -> None:
+    """Give a process that srun started by itself, one a trainer, the variables of torchrun; others are left alone.
+
+    Raises:
+        DistributedFault, EnvironmentFault: as `SlurmTask.read` and `check_network`.
+    """
+    if "SLURM_PROCID" in environment and "RANK" not in environment:
+        task = SlurmTask.read(environment)
+        check_network(environment, task)
+        environment.update(task.ranks())
 
 
 def port_of(job: int, restarts: int) -> int:

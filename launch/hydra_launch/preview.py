@@ -3,7 +3,9 @@
 import getpass
 import shlex
 import socket
+import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from hydra_launch.script import JobPlan, log_name
 from hydra_launch.site import Site
@@ -57,7 +59,8 @@ def describe_places(plan: JobPlan, jobs: Sequence[str] = ()) -> Iterator[str]:
     if jobs:
         name = name.replace("%A", jobs[0]).replace("%j", jobs[0]).replace("%a", "*")
     yield f"log          {plan.run_dir / 'launch' / name}"
-    yield f"TensorBoard  tensorboard --port 6006 --logdir {shlex.quote(str(plan.run_dir))}"
+    tensorboard = shlex.quote(str(Path(sys.executable).with_name("tensorboard")))  # of no use by name alone elsewhere
+    yield f"TensorBoard  {tensorboard} --port 6006 --logdir {shlex.quote(str(plan.run_dir))}"
     yield f"             ssh -N -L 6006:localhost:6006 {getpass.getuser()}@{socket.gethostname()}"
 
 

@@ -4,19 +4,49 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from hydra_scale.config import PositiveInt, Section
 from hydra_scale.config_file import load_section
 from hydra_scale.errors import ConfigError
 
-Word = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.,:@/+=\-]*$")]
+_OF_LAUNCH = {
+    "array", "chdir", "cpus-per-task", "dependency", "job-name", "no-requeue", "nodes", "ntasks", "ntasks-per-node",
+    "open-mode", "output", "requeue", "signal", "time", "wrap",
+}  # fmt: skip
+"""Options of sbatch that the job script already has."""
+
+
+def _form(pattern: str, expected: str) -> BeforeValidator:
+    """Text of a form that a job script can hold; `expected` says in words what the pattern allows."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, str) or not re.fullmatch(pattern, value):
+            raise ValueError(f"found {value!r}; expected {expected}")
+        return value
+
+    return BeforeValidator(check)
+
+
+def _not_of_launch(value: str) -> str:
+    if (name := value.partition("=")[0].removeprefix("--")) in _OF_LAUNCH:
+        raise ValueError(f"found {value!r}; the job script sets --{name} itself: see the options of `launch slurm`")
+    return value
+
+
+Word = Annotated[
+    str, _form(r"[A-Za-z0-9][A-Za-z0-9_.,:@/+=\-]*", "a name of letters, digits and _ . , : @ / + = - alone")
+]
 """A name of Slurm or of a module: no blank, no quote, no shell character."""
-Path_ = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x1f]+$")]
-Directive = Annotated[str, StringConstraints(pattern=r"^--[a-z][a-z\-]*(=[A-Za-z0-9_.,:@/+=\-\[\]|&]+)?$")]
-EnvironmentName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Path_ = Annotated[str, _form(r"[^\x00-\x1f]+", "a line of text; a number or yes stands in quotes")]
+Directive = Annotated[
+    str,
+    AfterValidator(_not_of_launch),
+    _form(r"--[a-z][a-z\-]*(=[A-Za-z0-9_.,:@/+=\-\[\]|&]+)?", "--name or --name=value without blanks and quotes"),
+]
+EnvironmentName = Annotated[str, _form(r"[A-Za-z_][A-Za-z0-9_]*", "the name of a variable")]
 
 
 class Container(Section):
@@ -63,11 +93,11 @@ class Site(Section):
     """Quality of service."""
     directives: tuple[Directive, ...] = ()
     """Further options of sbatch, one each."""
-    gpu_directive: Annotated[str, StringConstraints(pattern=r"^--[a-z\-]+=[A-Za-z0-9_:]*\{n\}$")] = (
-        "--gpus-per-node={n}"
-    )
+    gpu_directive: Annotated[
+        str, _form(r"--[a-z\-]+=[A-Za-z0-9_:]*\{n\}", "an option of sbatch with {n}, such as --gres=gpu:{n}")
+    ] = "--gpus-per-node={n}"
     """How the GPUs of a node are asked for; {n} is their number."""
-    gpu_memory: Annotated[str, StringConstraints(pattern=r"^\d+(\.\d+)?(GB|GiB)$")] | None = None
+    gpu_memory: Annotated[str, _form(r"\d+(\.\d+)?(GB|GiB)", "a size such as 80GB or 80GiB")] | None = None
     """Of a GPU, such as 80GB: a run that is predicted to need more is not submitted; absent: that is not looked at."""
     cpus_per_process: PositiveInt = 8
     """CPUs of each trainer."""
@@ -101,7 +131,7 @@ class Site(Section):
             variables |= dict.fromkeys(("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"), self.network_interface)
         if self.master_address:
             variables["HYDRA_SCALE_MASTER_ADDR"] = self.master_address
-        loads = [f"module load {shlex.quote(module)}" for module in self.modules]
+        loads = [f"module load {module} || set_up_failed module load {module}" for module in self.modules]
         return loads + [f"export {name}={shlex.quote(value)}" for name, value in variables.items()]
 
     def command(self, run_dir: Path) -> tuple[str, str]:

@@ -1,11 +1,40 @@
 """Slurm's commands, called without a shell."""
 
+import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hydra_scale.errors import EnvironmentFault
+from hydra_scale.errors import ConfigError, EnvironmentFault
+
+_OPTIONS = {"TIMELIMIT": "time", "ARRAY_INX": "array", "NO_REQUEUE": "requeue"}
+"""Options of sbatch whose variable has another name than SBATCH_ and theirs."""
+
+
+def check_overriding(environment: Mapping[str, str], script: str) -> None:
+    """Variables of sbatch override the lines of a job script without a word.
+
+    Raises:
+        ConfigError: one of them is set to another value than `script` has.
+    """
+    asked = dict(re.findall(r'^#SBATCH --([a-z-]+)(?:="?([^"\n]*)"?)?$', script, re.MULTILINE))
+    for variable, value in environment.items():
+        name = variable.removeprefix("SBATCH_")
+        option = _OPTIONS.get(name, name.lower().replace("_", "-"))
+        if variable.startswith("SBATCH_") and name != "REQUEUE" and asked.get(option, value) != value:
+            raise ConfigError(
+                f"{variable} is {value!r} in the environment and --{option} is {asked[option]!r} in the job script:"
+                f" sbatch would take the former; unset {variable}, or have the settings or the site file say the same"
+            )
+
+
+def outside_of_a_job(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what Slurm says of the job that this process runs in, if it does: the new job would
+    inherit its array element and its number of restarts."""
+    if "SLURM_JOB_ID" not in environment:
+        return dict(environment)
+    return {name: value for name, value in environment.items() if name == "SLURM_CONF" or name[:6] != "SLURM_"}
 
 
 def submit(script: Path, dependency: str | None = None) -> str:
@@ -59,7 +88,9 @@ def _accounted(jobs: Sequence[str]) -> dict[str, str]:
 
 def _call(command: list[str]) -> str:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, check=True, env=outside_of_a_job(os.environ)
+        )
     except FileNotFoundError:
         raise EnvironmentFault(
             f"{command[0]}: not found; run this where Slurm's commands are, or use --dry-run"

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from hydra_launch.jobs import recorded_jobs
 from hydra_launch.slurm import job_states
-from hydra_launch.submission import recorded_jobs
 from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.errors import CheckpointError, EnvironmentFault
 from hydra_scale.run_marks import RunMarks

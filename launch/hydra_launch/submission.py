@@ -1,21 +1,23 @@
 """From a configuration to submitted jobs: everything is checked first, then written into the run folder, then sent."""
 
-import json
+import os
 import shlex
 import shutil
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from hydra_launch.freeze import freeze_code
+from hydra_launch.jobs import record_jobs, recorded_jobs
 from hydra_launch.preview import check_memory
 from hydra_launch.script import TEMPLATES, JobPlan, render
 from hydra_launch.site import Site
-from hydra_launch.slurm import is_live, job_states, submit
+from hydra_launch.slurm import check_overriding, is_live, job_states, submit
 from hydra_scale.checkpoint.files import write_durably
 from hydra_scale.config import Config
 from hydra_scale.config_file import dump_config, load_config
-from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
+from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault, HydraScaleError
 from hydra_scale.run_folder import RunFolder
 from hydra_scale.run_marks import RunMarks
 from hydra_scale.topology import check_layout
@@ -40,17 +42,22 @@ def prepare(plan: JobPlan, site: Site, config: Path, overrides: list[str], sweep
     if plan.array_size and plan.segments > 1:
         raise ConfigError("--array and --segments: an array has no chain; leave one of them out")
     folders = [plan.run_dir / f"{index:04d}" for index in range(len(sweep))] if sweep else [plan.run_dir]
-    runs = {folder: _load(config, overrides, own) for folder, own in zip(folders, sweep or [[]], strict=True)}
-    for folder, settings in runs.items():
-        check_layout(settings, plan.world_size)
-        check_memory(settings, plan, site)
-        RunFolder(folder).check(settings)
+    runs: dict[Path, Config] = {}
+    for folder, own in zip(folders, sweep or [[]], strict=True):
+        with _naming_the_run(own):
+            settings = load_config(config, [*overrides, *own])
+            check_layout(settings, plan.world_size)
+            check_memory(settings, plan, site)
+            RunFolder(folder).check(settings)
+        runs[folder] = settings
     if all(_is_done(folder, settings) for folder, settings in runs.items()):
         raise CheckpointError(
             f"{plan.run_dir}: the run is done; raise training.steps to train on, or skip other batches with"
             " data.skip_batches"
         )
-    return Submission(plan, render(plan, site), runs)
+    script = render(plan, site)
+    check_overriding(os.environ, script)
+    return Submission(plan, script, runs)
 
 
 def write(submission: Submission) -> Path:
@@ -80,23 +87,8 @@ def send(plan: JobPlan, script: Path) -> list[str]:
     jobs: list[str] = []
     for _ in range(plan.segments):
         jobs.append(submit(script, f"afterany:{jobs[-1]}" if jobs else None))
-        _record(plan.run_dir, jobs)
+        record_jobs(plan.run_dir, jobs)
     return jobs
-
-
-def recorded_jobs(run_dir: Path) -> list[str]:
-    """Job ids of the newest launch; empty if there was none.
-
-    Raises:
-        CheckpointError: the record is damaged.
-    """
-    file = run_dir / "launch" / "jobs.json"
-    try:
-        return [str(job) for job in json.loads(file.read_text())["jobs"]]
-    except FileNotFoundError:
-        return []
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{file}: not a record of jobs: {error!r}; delete it when no job runs here") from None
 
 
 def read_sweep(path: Path | None) -> list[list[str]]:
@@ -108,19 +100,30 @@ def read_sweep(path: Path | None) -> list[list[str]]:
     if path is None:
         return []
     try:
-        lines = [shlex.split(line, comments=True) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: cannot be read as a sweep: {error}") from None
-    if not (runs := [line for line in lines if line]):
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a sweep: {error}; give --array a text file") from None
+    if not (runs := [own for number, line in enumerate(lines, 1) if (own := _settings(line, f"{path}:{number}"))]):
         raise ConfigError(f"{path}: no run in it; write one run a line, such as `optimizer.lr=1e-3 training.seed=2`")
     return runs
 
 
-def _load(config: Path, overrides: list[str], own: list[str]) -> Config:
+def _settings(line: str, place: str) -> list[str]:
     try:
-        return load_config(config, [*overrides, *own])
-    except ConfigError as error:
-        raise ConfigError(f"run `{shlex.join(own)}` of --array: {error}" if own else str(error)) from None
+        return shlex.split(line, comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}; divide settings by blanks, quotes as in a shell") from None
+
+
+@contextmanager
+def _naming_the_run(own: list[str]) -> Iterator[None]:
+    """Errors within say which run of a sweep they are of; `own`: its settings, none where there is no sweep."""
+    try:
+        yield
+    except HydraScaleError as error:
+        if not own:
+            raise
+        raise type(error)(f"run `{shlex.join(own)}` of --array: {error}") from None
 
 
 def _is_done(folder: Path, settings: Config) -> bool:
@@ -150,8 +153,3 @@ def _refuse_second_job(run_dir: Path) -> None:
             raise CheckpointError(
                 f"{run_dir}: job {job} of an earlier launch is {state}; wait, `hydra-scale launch stop` or scancel it"
             )
-
-
-def _record(run_dir: Path, jobs: list[str]) -> None:
-    record = {"jobs": jobs, "submitted": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    write_durably(run_dir / "launch" / "jobs.json", json.dumps(record).encode())

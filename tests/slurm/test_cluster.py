@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cluster import Cluster
 from figures import Figures
 from ranks import run_ranks
-from runs import TINY, assert_same_run, rows, train
+from runs import TINY, assert_same_run, ledger, rows, train, weights
 from typer.testing import CliRunner
 from waiting import wait_until
 
@@ -213,20 +214,27 @@ def test_no_notice_is_lost(cluster: Cluster, site: Path, corpus: Path, tmp_path:
 def test_a_job_outlives_its_controller(
     cluster: Cluster, site: Path, corpus: Path, tmp_path: Path, figures: Figures
 ) -> None:
-    """slurmctld is killed and comes back with its saved state while the job trains: nobody in the job notices."""
-    run, settings = tmp_path / "run", [f"training.steps={10 * STEPS}", "checkpoint.every=200", "evaluation.every=200"]
-    run_ranks(2, train, tmp_path / "undisturbed", [f"data.train={corpus}", *settings])
-    (job,) = submit(run, corpus, site, *settings)
+    """slurmctld is killed and comes back with its saved state while the job trains: nobody in the job notices. It
+    would train on for ever, so that it cannot be done before the controller is there again."""
+    run, settings = tmp_path / "run", ["schedule.kind=constant"]  # rates that do not depend on where a run ends
+    (job,) = submit(run, corpus, site, *ENDLESS, *settings)
     at_step(3, {run: cluster.lose_controller})
     try:
         at_step(len(rows(run, "loss")) + 20, {run: lambda: None})  # it trains though nobody governs it
     finally:
         cluster.bring_back_controller()
     cluster.wait_for(job, "RUNNING", seconds=5)
-    cluster.wait_for(job, "COMPLETED")
-    assert_same_run(run, tmp_path / "undisturbed")
-    assert stops(run) == [] and "continuing from" not in (run / "train.log").read_text()
-    assert notes(run)[-1] == "the run is done" and "requeued" not in notes(run)
+    at_step(len(rows(run, "loss")) + 5, {run: RunFolder(run).marks.request_stop})
+    cluster.wait_for(job, "FAILED")
+    assert stops(run) == [len(rows(run, "loss"))] == RunFolder(run).checkpoints.steps(), log(run)
+    assert "continuing from" not in (run / "train.log").read_text() and "requeued" not in notes(run)
+    undisturbed = [f"data.train={corpus}", *SETTINGS, *ENDLESS, *settings, f"training.steps={stops(run)[0]}"]
+    run_ranks(2, train, tmp_path / "undisturbed", undisturbed)
+    for key in ("loss", "grad_norm", "lr"):  # not the evaluation, which a run makes at its last step only if it ends
+        assert rows(run, key) == rows(tmp_path / "undisturbed", key), key
+    assert ledger(run) == ledger(tmp_path / "undisturbed")
+    found, expected = weights(run), weights(tmp_path / "undisturbed")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
     figures(37, "real Slurm: SIGKILL of slurmctld", lost_steps=0)
 
 

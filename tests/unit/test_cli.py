@@ -7,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import run
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.yaml")
 
 
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run_fresh(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """As people start it; `run` saves the imports."""
     command = [sys.executable, "-m", "hydra_scale.cli", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
@@ -30,7 +32,7 @@ def pretrain(run_dir: Path, *overrides: str) -> subprocess.CompletedProcess[str]
 
 
 def test_help_names_every_command_and_option() -> None:
-    overview = run("--help").stdout
+    overview = run_fresh("--help").stdout
     for command in (
         "prepare",
         "verify",
@@ -50,21 +52,22 @@ def test_help_names_every_command_and_option() -> None:
 
 def test_text_to_filled_mask_by_the_commands_of_the_readme(prose: Path, tmp_path: Path) -> None:
     data, folder, model = tmp_path / "data", tmp_path / "run", tmp_path / "model"
-    prepared = run("prepare", "--source", "text", "--input", prose, "--output", data, "--vocab-size", 300)
+    prepared = run_fresh("prepare", "--source", "text", "--input", prose, "--output", data, "--vocab-size", 300)
     assert prepared.returncode == 0, prepared.stderr
     assert "documents" in prepared.stdout
     assert run("verify", data).returncode == 0
-    trained = pretrain(folder, f"data.train={data}", f"data.cache={tmp_path / 'cache'}", "training.steps=6")
+    settings = [f"data.train={data}", f"data.cache={tmp_path / 'cache'}", "training.steps=6"]
+    trained = run_fresh("pretrain", "--config", TINY, "--run-dir", folder, *settings)
     assert trained.returncode == 0, trained.stderr
     assert {"config.yaml", "metrics.jsonl", "ledger.jsonl", "train.log", "tensorboard", "checkpoints"} <= {
         entry.name for entry in folder.iterdir()
     }
-    evaluated = run("evaluate", "--run-dir", folder, "--data", data, "--sequences", 8)
+    evaluated = run_fresh("evaluate", "--run-dir", folder, "--data", data, "--sequences", 8)
     assert "unigram baseline" in evaluated.stdout, evaluated.stderr
     last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()][-1]
-    converted = run("convert", "--from", "run", "--to", "huggingface", folder, model)
+    converted = run_fresh("convert", "--from", "run", "--to", "huggingface", folder, model)
     assert "outputs differ from the source by" in converted.stdout, converted.stderr
-    assert "[MASK]" in run("fill-mask", model, "so [MASK] it").stdout
+    assert "[MASK]" in run_fresh("fill-mask", model, "so [MASK] it").stdout
     whole = run("evaluate", "--run-dir", folder, "--data", data)
     assert f"{last['eval/loss']:.4f}" in whole.stdout  # what training logged is what evaluation finds
     assert run("evaluate", "--run-dir", folder, "--data", f"file://{data}").stdout == whole.stdout

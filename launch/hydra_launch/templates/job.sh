@@ -9,7 +9,11 @@ attempt=$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}
 export HYDRA_SCALE_STOP_FILE=$run/launch/$attempt.stop
 heard='' code=0 stop_at=()
 
-note() { printf '%s job %s: %s\n' "$(date +%FT%T%z)" "$attempt" "$*" | tee -a "$run/launch/history.log"; }
+# An element of an array under the name by which squeue shows it.
+shown=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+shown=${shown:-$SLURM_JOB_ID}
+
+note() { printf '%s job %s.%s: %s\n' "$(date +%FT%T%z)" "$shown" "${SLURM_RESTART_COUNT:-0}" "$*" | tee -a "$run/launch/history.log"; }
 
 hear() {
   heard=$1
@@ -22,7 +26,6 @@ trap 'hear USR1' USR1
 trap 'hear TERM' TERM
 
 export HYDRA_SCALE_MASTER_ADDR=${HYDRA_SCALE_MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export PYTHONPATH=$base/launch/code
 if [ -n "${SLURM_JOB_END_TIME:-}" ]; then stop_at=(--stop-at $((SLURM_JOB_END_TIME - notice_seconds))); fi
 
 begin() {
@@ -30,6 +33,11 @@ begin() {
   if [ -e "$run/done" ]; then note 'the run is done already'; exit 0; fi
   if [ -e "$run/stop-request" ]; then note 'not started: a stop is requested'; exit 75; fi
   note "starts on $SLURM_JOB_NODELIST"
+}
+
+set_up_failed() { # a module that is not there, say: the trainers would start without it
+  note "not started: \`$*\` failed on $(hostname): the error stands above; correct the site file and launch again"
+  exit 2
 }
 
 watch() { # wait for process $1; a signal ends bash's wait early, so it is repeated until the process is gone
@@ -78,8 +86,6 @@ finish() {
     exit "$code"
   fi
   note 'requeued'
-  local job=$SLURM_JOB_ID
-  if [ -n "${SLURM_ARRAY_JOB_ID:-}" ]; then job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID; fi # this element alone
-  scontrol requeue "$job"
+  scontrol requeue "$shown" # of an array this element alone
   exit "$code"
 }

@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,7 +122,7 @@ def test_an_element_of_an_array_has_its_own_folder_and_requeues_itself(start: St
     assert recorded(tmp_path, "scontrol") == ["requeue 15_3"]
     arguments = recorded(tmp_path, "srun")
     assert arguments[arguments.index("--run-dir") + 1] == str(tmp_path / "sweep" / "0003")
-    assert (tmp_path / "sweep" / "0003" / "launch" / "history.log").exists()
+    assert "job 15_3.0: requeued" in (tmp_path / "sweep" / "0003" / "launch" / "history.log").read_text()
 
 
 @pytest.mark.parametrize("shape", ["torchrun", "task"])
@@ -145,3 +146,28 @@ def test_what_the_trainers_are_given(start: Start, tmp_path: Path, shape: str) -
     )  # fmt: skip
     assert shown.stdout.split("|")[:4] == [value, "ib0", f"{run}/launch/code", "first.host"]
     assert not list(tmp_path.rglob("pwned")) and not Path("pwned").exists()
+
+
+@pytest.mark.parametrize("shape", ["torchrun", "task"])
+def test_the_copy_of_the_code_is_what_runs(start: Start, tmp_path: Path, shape: str) -> None:
+    """Not the checkout from which the job was submitted, nor what the site or the user put on the path."""
+    run = tmp_path / "run"
+    for place in (run / "launch" / "code", tmp_path / "checkout", tmp_path / "site"):
+        (place / "hydra_scale").mkdir(parents=True)
+        (place / "hydra_scale" / "__init__.py").write_text("print(__file__)")
+        (place / f"only_{place.name}.py").write_text("print(__name__)")
+    look = f"cd '{tmp_path}/checkout'; '{sys.executable}' -c 'import hydra_scale, only_site'"
+    site = Site(environment={"PYTHONPATH": str(tmp_path / "site")})
+    _, output = end(start(run, look, site, shape=shape, PYTHONPATH="/elsewhere"))
+    assert f"{run}/launch/code/hydra_scale/__init__.py\nonly_site\n" in output, output
+
+
+def test_a_module_that_cannot_be_loaded_ends_the_job(start: Start, tmp_path: Path) -> None:
+    """`module` is a function of the shell that submits, which sbatch passes on."""
+    function = {"BASH_FUNC_module%%": '() { [ "$2" != absent/1 ] && export LOADED=$LOADED:$2; }'}
+    code, output = end(start(tmp_path / "run", 'echo "$LOADED"', Site(modules=("cuda/12", "mpi/4")), **function))
+    assert code == 75 and ":cuda/12:mpi/4" in output
+    for site, variables in ((Site(modules=("cuda/12", "absent/1")), function), (Site(modules=("absent/1",)), {})):
+        code, output = end(start(tmp_path / "other", "echo trains", site, **variables))
+        assert code == 2 and "not started: `module load absent/1` failed on " in output and "trains" not in output
+    assert len(recorded(tmp_path, "scontrol")) == 1

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -20,6 +22,8 @@ from hydra_launch.freeze import PACKAGES, freeze_code
 from hydra_launch.script import SHAPES, fill_in, render, seconds
 from hydra_launch.site import Container, Site, load_site
 from hydra_launch.submission import open_run, read_sweep
+from hydra_scale import preflight
+from hydra_scale.cli import app
 from hydra_scale.config import Config, DataConfig
 from hydra_scale.config_file import dump_config, load_config
 from hydra_scale.errors import CheckpointError, ConfigError, DistributedFault, EnvironmentFault, HydraScaleError
@@ -75,7 +79,7 @@ def test_containers_hold_the_run_folder() -> None:
     ("text", "message"),
     [
         ("partion: gpu", "site.yaml:1: unknown key partion; did you mean partition?"),
-        ("partition: 'gpu; rm -rf ~'", "site.yaml:1: partition: found 'gpu; rm -rf ~'"),
+        ("partition: 'gpu; rm -rf ~'", "site.yaml:1: partition: found 'gpu; rm -rf ~'; expected a name of letters"),
         ("account: |\n  a\n  #SBATCH --uid=root", "account: found"),
         ("modules: ['cuda; id']", "modules.0: found 'cuda; id'"),
         ("directives: ['--mem=0\\n#SBATCH --uid=0']", "directives.0: found"),
@@ -86,7 +90,11 @@ def test_containers_hold_the_run_folder() -> None:
         ("partition: a\npartition: b", "site.yaml:2: partition is given twice"),
         ("container: {runtime: docker, image: x}", "container.runtime: found 'docker'"),
         ("gpu_directive: --gres=gpu", "gpu_directive: found"),
-        ("gpu_memory: big", "gpu_memory: found 'big'"),
+        ("gpu_memory: big", "gpu_memory: found 'big'; expected a size such as 80GB"),
+        ("environment: {A: 1}", "environment.A: found 1; expected a line of text; a number or yes stands in quotes"),
+        ("cpus_per_process: yes", "site.yaml:1: cpus_per_process: found True; expected a number"),
+        ("directives: [--array=0-3]", "directives.0: found '--array=0-3'; the job script sets --array itself"),
+        ("directives: [--no-requeue]", "the job script sets --no-requeue itself"),
         ("notice_seconds: 0", "notice_seconds: found 0"),
         ("- a", "found a list at the top"),
     ],
@@ -131,6 +139,23 @@ def test_environment_of_a_task() -> None:
     assert SlurmTask.read(TASK | {"SLURM_RESTART_COUNT": "2"}).master_port == port_of(70001, 2)
     ports = {port_of(job, restarts) for job in range(70_000, 70_020) for restarts in range(10)}
     assert len(ports) == 200 and min(ports) >= 20_000 and max(map(port_of, range(10**6), [0] * 10**6)) < 32_000
+
+
+def test_doctor_takes_its_place_among_the_tasks_of_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless torchrun has given it one already."""
+    seen: list[str] = []
+    monkeypatch.setattr(preflight, "examine_nodes", lambda *_: seen.append(os.environ["RANK"]))
+    usual = TASK | {"HYDRA_SCALE_MASTER_ADDR": "127.0.0.1"}
+    for variables in (usual | {"RANK": "1"}, usual):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                patch.setenv(name, "")  # put back when all is done
+                patch.delenv(name)
+            for name, value in variables.items():
+                patch.setenv(name, value)
+            assert CliRunner().invoke(app, ["doctor", "--nodes"]).exit_code == 0
+            assert variables is not usual or os.environ["MASTER_PORT"] == str(port_of(70001, 0))
+    assert seen == ["1", "5"]
 
 
 @pytest.mark.parametrize(
@@ -214,11 +239,14 @@ def slurm(run: Path, *more: str) -> tuple[str, HydraScaleError | None]:
 
 
 def test_a_dry_run_shows_everything_and_changes_nothing(tmp_path: Path) -> None:
-    output, failure = slurm(tmp_path / "run", "training.micro_batch_size=2", "--segments=2")
+    output, failure = slurm(tmp_path / "my run", "training.micro_batch_size=2", "--segments=2")
     assert failure is None and "4 trainers, 2 job(s); nothing was written or submitted" in output
     assert "#SBATCH --nodes=2" in output and list(tmp_path.iterdir()) == []
     assert "4 trainers = data 4 x context 1 x pipeline 1 x tensor 1; ZeRO 1; 1 micro batches of 2" in output
-    assert f"tensorboard --port 6006 --logdir {tmp_path / 'run'}\n             ssh -N -L 6006:localhost:6006 " in output
+    line, tunnel = output.partition("TensorBoard  ")[2].splitlines()[:2]
+    program, *options = shlex.split(line)  # as a shell takes it when it is pasted
+    assert os.access(program, os.X_OK) and options == ["--port", "6006", "--logdir", str(tmp_path / "my run")]
+    assert tunnel.startswith("             ssh -N -L 6006:localhost:6006 ")
     resolved = output.partition("config.yaml\n")[2].partition("\n\n")[0]
     (tmp_path / "shown.yaml").write_text(resolved)
     assert load_config(tmp_path / "shown.yaml", []) == load_config(TINY, ["training.micro_batch_size=2"])
@@ -279,6 +307,11 @@ def test_sweeps(tmp_path: Path) -> None:
     sweep.write_text("optimizer.lr=1e-3 trainin.seed=2")
     told = str(slurm(tmp_path / "runs", f"--array={sweep}", "training.micro_batch_size=2")[1])
     assert told.startswith("run `optimizer.lr=1e-3 trainin.seed=2` of --array: override 'trainin.seed=2': unknown key")
+    sweep.write_text("optimizer.lr=1e-3\ntraining.micro_batch_size=3")
+    told = str(slurm(tmp_path / "runs", f"--array={sweep}", "training.micro_batch_size=2")[1])
+    assert told.startswith("run `training.micro_batch_size=3` of --array: training.global_batch_size is 8: not")
+    sweep.write_text('optimizer.lr=1e-3\ndata.train="a b\n')
+    assert str(slurm(tmp_path / "runs", f"--array={sweep}")[1]).startswith(f"{sweep}:2: No closing quotation; divide")
     sweep.write_text("# none\n")
     with pytest.raises(ConfigError, match="no run in it"):
         read_sweep(sweep)
@@ -318,6 +351,35 @@ def test_a_done_run_goes_on_for_more_steps_or_other_batches(
     assert RunMarks(tmp_path / "runs" / "0").steps_done() == (20 if is_done else 0)
 
 
+def test_variables_that_would_override_the_job_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable, value, message in (
+        ("SBATCH_TIMELIMIT", "5", "SBATCH_TIMELIMIT is '5' in the environment and --time is '24:00:00' in"),
+        ("SBATCH_NO_REQUEUE", "1", "SBATCH_NO_REQUEUE is '1' in the environment and --requeue is ''"),
+        ("SBATCH_OUTPUT", "x", "SBATCH_OUTPUT is 'x' in the environment and --output is '"),
+        ("SBATCH_TIMELIMIT", "24:00:00", ""),
+        ("SBATCH_REQUEUE", "1", ""),
+        ("SBATCH_ACCOUNT", "mine", ""),  # the site names none
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            failure = slurm(tmp_path / "run", "training.micro_batch_size=2")[1]
+        assert message in str(failure) if message else failure is None
+
+
+def test_a_job_may_launch_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The new job does not take itself for the same element, in its second restart."""
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f"#!/bin/bash\nexport -p >'{tmp_path}/seen'; echo 18\n")
+    sbatch.chmod(0o755)
+    of_the_job = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "4", "SLURM_RESTART_COUNT": "2"}
+    for name, value in (of_the_job | {"SLURM_CONF": "/c", "PATH": f"{sbatch.parent}:/usr/bin:/bin"}).items():
+        monkeypatch.setenv(name, value)
+    arguments = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "--nodes=1", "--gpus-per-node=0"]
+    assert "jobs         18" in CliRunner().invoke(launch, ["slurm", *arguments]).output
+    assert re.findall(r"SLURM_\w+", (tmp_path / "seen").read_text()) == ["SLURM_CONF"]
+
+
 def test_without_slurm_the_reason_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     arguments = ["--config", str(TINY), "--run-dir", str(tmp_path / "run"), "--nodes=1", "--gpus-per-node=0"]
@@ -336,10 +398,28 @@ def test_status_and_stop_by_folder(tmp_path: Path) -> None:
     (run / "launch" / "history.log").write_text("a\nb: requeued\n")
     shown = CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
     assert "not done; last step 6; newest checkpoint 4" in shown and "b: requeued" in shown
-    assert CliRunner().invoke(launch, ["stop", "--run-dir", str(run)]).exit_code == 0
+    assert "asked to stop" in CliRunner().invoke(launch, ["stop", "--run-dir", str(run)]).output
     assert "stop requested; last step 6" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
     RunMarks(run).mark_done(7)
     assert "done, 7 steps" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+    RunMarks(run).withdraw_stop()
+    assert "done, 7 steps; nothing to stop" in CliRunner().invoke(launch, ["stop", "--run-dir", str(run)]).output
+    assert not RunMarks(run).stop_request.exists()
+    RunMarks(run).claim()  # by a start that trains for more steps
+    assert "not done; last step 6" in CliRunner().invoke(launch, ["status", "--run-dir", str(run)]).output
+
+
+def test_status_and_stop_do_without_pytorch(tmp_path: Path) -> None:
+    """They answer in a fraction of a second, on a login node too."""
+    (tmp_path / "config.yaml").touch()
+    for command in ("status", "stop"):
+        program = (
+            f"import sys; from hydra_scale.cli import app; app(['launch', '{command}', '--run-dir', '.'],"
+            " standalone_mode=False); print('torch' in sys.modules)"
+        )
+        python = [sys.executable, "-c", program]
+        shown = subprocess.run(python, cwd=tmp_path, capture_output=True, text=True, check=True)
+        assert shown.stdout.endswith("False\n"), shown.stdout
 
 
 @pytest.mark.parametrize("mark", ["done", "epoch"])
