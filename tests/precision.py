@@ -30,7 +30,7 @@ def dtypes_of_a_step(stage: int, precision: str) -> dict[str, str]:
             for name, module in layer.mixer.named_modules():
                 if "weight" in dict(module.named_parameters(recurse=False)) and name != "conv1d":
                     module.register_forward_hook(note(f"{kind}.{name}"))
-            layer.register_forward_hook(note("residual"))
+            layer.register_forward_hook(lambda *call: seen.update(residual=str(call[-1].x_TD.dtype)))
         model.head.dense.register_forward_hook(note("head"))
         model.embedding.word.weight.register_hook(lambda grad: seen.update(gradient=str(grad.dtype)))
         batch = random_batch(VOCAB_SIZE, 2, 24)

@@ -23,7 +23,7 @@ def rows_of_the_residual_stream(overrides: list[str]) -> list[int]:
     with joined(config.parallel) as topology:
         model = build_model(config, VOCAB_SIZE, torch.device("cpu"), topology.context, topology.tensor)
         for layer in model.encoder.layers.values():
-            layer.register_forward_hook(lambda *call: rows.append(len(call[-1])))
+            layer.register_forward_hook(lambda *call: rows.append(len(call[-1].x_TD)))
         model(random_batch(VOCAB_SIZE, 2, 25).on(topology))
     return rows
 

@@ -52,11 +52,11 @@ def test_a_shard_that_is_deleted_is_read_to_the_end(shard: Path, tmp_path: Path,
 
 
 def train_while(run: Path, overrides: list[str], change: str, shard: Path) -> None:
-    """`train`; the shard is cut or deleted before the batch of step 6 is made."""
+    """`train`; the shard is cut or deleted before the batch of step 6 is made, the first being one of held-out data."""
     from hydra_scale.data import loader
 
     changes: dict[str, Callable[[], object]] = {"cut": lambda: os.truncate(shard, 512), "deleted": shard.unlink}
-    loader._Batches.__call__ = before_call(loader._Batches.__call__, 6, changes[change])  # type: ignore[method-assign]
+    loader._Batches.__call__ = before_call(loader._Batches.__call__, 7, changes[change])  # type: ignore[method-assign]
     train(run, overrides)
 
 

@@ -112,5 +112,6 @@ def train_with(run_dir: Path, overrides: list[str], fault: str, on_rank: int) ->
         watchdog._COLLECTIVES = ()  # type: ignore[assignment]  # no stack shows who waits on a GPU
     if rank == on_rank:
         owner, name = (loader._Batches, "__call__") if fault == "hang in the data" else (pretrain, "train_step")
-        setattr(owner, name, before_call(getattr(owner, name), 6, act))
+        count = 7 if owner is loader._Batches else 6  # the first batch is one of held-out data
+        setattr(owner, name, before_call(getattr(owner, name), count, act))
     train(run_dir, overrides)
