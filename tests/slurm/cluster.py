@@ -87,8 +87,13 @@ class Cluster:
         self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
         self._wait_for_nodes()
 
-    def lose_controller(self) -> None:
-        """SIGKILL to slurmctld; jobs and their slurmd go on."""
+    def lose_controller(self, job: str) -> None:
+        """SIGKILL to slurmctld, once it has saved that the job runs, which it does up to five seconds later; jobs and
+        their slurmd go on."""
+        saved = self._folder / "state" / "job_state"
+        before = saved.stat().st_mtime_ns if saved.exists() else 0
+        self.call("scontrol", "update", f"JobId={job}", "Comment=runs")  # something to save
+        wait_until(lambda: saved.exists() and saved.stat().st_mtime_ns > before, 20, "slurmctld has not saved its jobs")
         self._daemons["slurmctld"].kill()
         self._daemons["slurmctld"].wait()
 

@@ -219,7 +219,7 @@ def test_a_job_outlives_its_controller(
     would train on for ever, so that it cannot be done before the controller is there again."""
     run, settings = tmp_path / "run", ["schedule.kind=constant"]  # rates that do not depend on where a run ends
     (job,) = submit(run, corpus, site, *ENDLESS, *settings)
-    at_step(3, {run: cluster.lose_controller})
+    at_step(3, {run: lambda: cluster.lose_controller(job)})
     try:
         at_step(len(rows(run, "loss")) + 20, {run: lambda: None})  # it trains though nobody governs it
     finally:
