@@ -27,7 +27,7 @@ class Layer(nn.Module):
         self._pre_norm, self._backend = config.norm_position == "pre", config.mixer.backend
 
     def forward(self, stream: Stream, stretch: Stretch) -> Stream:
-        """(T, D) -> (T, D), under sequence parallelism the rows of this rank's tokens."""
+        """The stream (T, D) behind this layer, under sequence parallelism the rows of this rank's tokens."""
         x_TD, entering_TD = stream
         if self._pre_norm:
             x_TD = x_TD + self.mixer(self.norm(x_TD), stretch)
