@@ -1,4 +1,4 @@
-"""How long the documents of a prepared folder are, as a picture. The one place of preparation that needs matplotlib."""
+"""How long the documents of a prepared folder are, as a picture. The one place that imports matplotlib."""
 
 from pathlib import Path
 from types import ModuleType
@@ -63,5 +63,5 @@ def drawing() -> ModuleType:
     try:
         import matplotlib.figure
     except ImportError:
-        raise EnvironmentFault("--histogram needs matplotlib; pip install 'hydra-scale[bench]'") from None
+        raise EnvironmentFault("a picture needs matplotlib; pip install 'hydra-scale[bench]'") from None
     return matplotlib.figure

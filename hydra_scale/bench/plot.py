@@ -1,11 +1,12 @@
-"""Time a token against sequence length, as a drawing. Of this room, the one place that knows matplotlib."""
+"""Time a token against sequence length, as a drawing."""
 
 from itertools import groupby
 from pathlib import Path
 
+from hydra_data_prep.histogram import drawing
 from hydra_scale.bench.table import Row
+from hydra_scale.errors import EnvironmentFault
 
-HOW_TO_INSTALL = "matplotlib is not installed, so there is no plot; pip install 'hydra-scale[bench]'"
 _PANEL = {"mixer": "layer", "attention": "layer"}
 """What is drawn together; anything else has its own panel."""
 
@@ -16,9 +17,9 @@ def plot(rows: list[Row], path: Path) -> str:
     Returns one line for the user: where it lies, or why there is none.
     """
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return HOW_TO_INSTALL
+        figures = drawing()
+    except EnvironmentFault as error:
+        return f"no plot: {error}"
 
     def panel_of(row: Row) -> tuple[str, int, str]:
         return _PANEL.get(row.what, row.what), row.d_model or 0, row.direction or ""
@@ -32,14 +33,15 @@ def plot(rows: list[Row], path: Path) -> str:
     if not panels:
         return "measured at fewer than two sequence lengths, so there is no plot"
     across, down = min(2, len(panels)), -(-len(panels) // 2)
-    figure = Figure(figsize=(6.5 * across, 4.5 * down), layout="constrained")
+    figure = figures.Figure(figsize=(6.5 * across, 4.5 * down), layout="constrained")
     for place, ((what, d_model, direction), found) in enumerate(panels, 1):
         axes = figure.add_subplot(down, across, place)
         for label, line in groupby(sorted(found, key=label_of), label_of):
             points = sorted((row.seqlen, 1e6 * (row.milliseconds or 0) / (row.tokens or 1)) for row in line)
             axes.plot(*zip(*points, strict=True), marker="o", label=label)
         axes.set(xscale="log", yscale="log", xlabel="tokens of a document", ylabel="ns a token")
-        axes.set_xticks(sorted({row.seqlen for row in found}), sorted({str(row.seqlen) for row in found}, key=int))
+        lengths = sorted({row.seqlen for row in found if row.seqlen})
+        axes.set_xticks(lengths, [str(length) for length in lengths])
         axes.set_xticks([], minor=True)
         axes.set_title(f"{what}, d_model {d_model}, {direction}", fontsize="medium")
         axes.grid(alpha=0.3)
