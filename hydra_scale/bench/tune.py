@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from hydra_kernels import Documents
-from hydra_kernels.triton_scan import ScanInputs, scan_backward, scan_forward
+from hydra_kernels.scan_inputs import ScanInputs
+from hydra_kernels.triton_scan import scan_backward, scan_forward
 from hydra_kernels.tuned import KERNELS, Launch, Settings, file_of, settings, write
 from hydra_scale.bench.instrument import Instrument, Timing, interleave
 from hydra_scale.bench.peers import attempt

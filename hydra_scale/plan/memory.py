@@ -17,6 +17,8 @@ ATTENTION_KEEPS = 0.68e9 / 65536 / 1024
 """Bytes a token and channel of d_model that an attention layer keeps in bf16; measured (docs/performance.md)."""
 BACKWARD_CHUNK = 64
 """Tokens of a chunk in the backward pass of the scan, whose states lie in memory."""
+SEGMENT_TOKENS = 2048
+"""Of the scan's segments (hydra_kernels/chunks.py)."""
 EMBEDDING_KEEPS = 2.25
 """Tensors of the residual stream's size: the sum of the embeddings, dropout's result, and its mask in bytes."""
 HEAD_BYTES = 12
@@ -161,6 +163,7 @@ def layer_keeps(layout: Layout, kind: str) -> float:
         return norm + divided + gathered + ATTENTION_KEEPS * element / 2 * width * tokens / tensor
     projected, convolved, inner = _mixer_widths(layout)
     kept = width / tensor + projected + 2 * inner  # its input, the projection, the scan's result and that of the norm
+    kept += 2 * inner * model.mixer.d_state / SEGMENT_TOKENS  # what entered the segments of both scans
     if tensor > 1:
         kept += convolved  # PyTorch's operations lie between the kernels
     return norm + divided + element * tokens * kept

@@ -21,34 +21,28 @@ class Chunks(NamedTuple):
     documents: torch.Tensor | None
     """The document of each."""
     num_documents: int
-    last_S: torch.Tensor | None
-    """Last chunk of each document."""
-
-    @property
-    def first_S(self) -> torch.Tensor:
-        """First chunk of each document, where there are borders."""
-        assert self.last_S is not None
-        return _first(self.last_S)
-
-
-def _first(last_S: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(last_S[:-1] + 1, (1, 0))
 
 
 def cut(num_tokens: int, borders: torch.Tensor | None, largest: int) -> Chunks:
-    """Chunks of a power of two of tokens, from 16 to `largest`. borders: cu_seqlens (S + 1,)."""
-    size = 1 << (max(_SHORTEST, largest).bit_length() - 1)
-    per_segment = max(1, SEGMENT_TOKENS // size)
+    """Chunks of a power of two of tokens, from 16 to `largest` and a segment. borders: cu_seqlens (S + 1,)."""
+    size = 1 << (max(_SHORTEST, min(largest, SEGMENT_TOKENS)).bit_length() - 1)
+    per_segment = SEGMENT_TOKENS // size
     if borders is None:
         num = -(-num_tokens // size)
-        return Chunks(size, num, -(-num // per_segment), per_segment, None, None, 1, None)
+        return Chunks(size, num, -(-num // per_segment), per_segment, None, None, 1)
     # As many chunks as any lengths could need: how many are used stays on the device.
     num_documents = borders.numel() - 1
     num = num_tokens // size + num_documents
     last = ((borders.diff() + size - 1) // size).cumsum(0) - 1
     chunk = torch.arange(num, device=last.device)
     documents = torch.searchsorted(last, chunk).clamp_max(num_documents - 1)
-    start = borders[documents] + (chunk - _first(last)[documents]) * size
+    first = torch.nn.functional.pad(last[:-1] + 1, (1, 0))
+    start = borders[documents] + (chunk - first[documents]) * size
     starts = torch.where(chunk <= last[-1], start, num_tokens).to(torch.int32)
     segments = -(-num // per_segment)
-    return Chunks(size, num, segments, per_segment, starts, documents.to(torch.int32), num_documents, last)
+    return Chunks(size, num, segments, per_segment, starts, documents.to(torch.int32), num_documents)
+
+
+def num_segments(num_tokens: int) -> int:
+    """Of tokens without borders, whatever the size of their chunks."""
+    return -(-num_tokens // SEGMENT_TOKENS)

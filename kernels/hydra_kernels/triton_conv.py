@@ -20,17 +20,18 @@ class Walk(NamedTuple):
     warps: int
 
 
-FORWARD = Walk(128, 8, 128, 1)
-BACKWARD = Walk(128, 4, 128, 1)
+FORWARD = Walk(128, 8, 64, 1)
+BACKWARD = Walk(128, 4, 256, 2)
 
 
 @triton.jit
 def _load_rows(base, first, channel, inside, num_tokens, stride, COUNT: tl.constexpr):
     """Rows first to first + COUNT - 1 as they are stored, zeros where there is no token."""
     rows = ()  # grows while the loop is unrolled
+    start = base + tl.cast(first, tl.int64) * stride + channel  # the rest is known while compiling
     for index in tl.static_range(COUNT):
         token = first + index
-        place = base + token.to(tl.int64) * stride + channel
+        place = start + index * stride
         rows += (tl.load(place, mask=inside & (token >= 0) & (token < num_tokens), other=0.0),)  # type: ignore[assignment]
     return rows
 
@@ -99,25 +100,27 @@ def _convolve(
     rows, weights, bias_C, begin, out, channel, inside, doc_start, doc_end, num_tokens, stride_out,
     K: tl.constexpr, AT_ONCE: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
+    start = out + tl.cast(begin, tl.int64) * stride_out + channel
     for index in tl.static_range(AT_ONCE):
         token = begin + index
         own = _own_rows(rows, index, token - K // 2, token, doc_start, doc_end, num_tokens, K, ALL)
         total = _weighted_sum(bias_C, own, weights, K, False)
         result = total * tl.sigmoid(total)
-        place = out + token.to(tl.int64) * stride_out + channel
+        place = start + index * stride_out
         tl.store(place, result.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
 @triton.jit
 def _conv_kernel(
-    x, weight, bias, doc_start, doc_end, out, num_tokens, num_channels, stride_x, stride_out,
+    x, weight, bias, doc_start, doc_end, out, num_tokens, num_channels,
+    stride_x: tl.constexpr, stride_out: tl.constexpr,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """silu(bias + sum_k weight[k] x[t + k - K // 2]). Rows that read from one document only need no masks."""
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
     weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
-    first = tl.program_id(0) * (AT_ONCE * BLOCKS)
+    first = tl.program_id(1) * (AT_ONCE * BLOCKS)
     before = _in_fp32(_load_rows(x, first - K // 2, channel, inside, num_tokens, stride_x, K - 1), K - 1)
     coming = _load_rows(x, first + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
     for block in range(BLOCKS):
@@ -146,6 +149,7 @@ def _convolve_back(
     num_tokens, stride_grad_x, K: tl.constexpr, AT_ONCE: tl.constexpr, OWN: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """The gradients in front of SiLU, appended to `inner`, and the sums with what these rows add."""
+    start_grad_x = grad_x + tl.cast(begin - K // 2, tl.int64) * stride_grad_x + channel
     for index in tl.static_range(AT_ONCE):
         token = begin + index
         own = _own_rows(rows, index, token - K // 2, token, doc_start, doc_end, num_tokens, K, ALL)
@@ -165,7 +169,7 @@ def _convolve_back(
         stored = inside
         if not ALL:
             stored = inside & (target >= first) & (target < first + OWN) & (target < num_tokens)
-        place = grad_x + target.to(tl.int64) * stride_grad_x + channel
+        place = start_grad_x + index * stride_grad_x
         tl.store(place, result.to(grad_x.dtype.element_ty), mask=stored)
     return _last_rows(inner, K - 1 + AT_ONCE, K - 1), of_taps, of_bias
 
@@ -173,7 +177,7 @@ def _convolve_back(
 @triton.jit
 def _conv_backward_kernel(
     x, weight, bias, grad, doc_start, doc_end, grad_x, parts, num_tokens, num_channels,
-    stride_x, stride_grad, stride_grad_x,
+    stride_x: tl.constexpr, stride_grad: tl.constexpr, stride_grad_x: tl.constexpr,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Gradient of x, and each program's sums for weight and bias, parts (programs, K + 1, C).
@@ -183,10 +187,10 @@ def _conv_backward_kernel(
     """
     HALF: tl.constexpr = K // 2
     OWN: tl.constexpr = AT_ONCE * BLOCKS - 2 * HALF
-    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
     weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
-    first = tl.program_id(0) * OWN
+    first = tl.program_id(1) * OWN
     before = _in_fp32(_load_rows(x, first - 2 * HALF, channel, inside, num_tokens, stride_x, K - 1), K - 1)
     coming = _load_rows(x, first, channel, inside, num_tokens, stride_x, AT_ONCE)
     coming_grads = _load_rows(grad, first - HALF, channel, inside, num_tokens, stride_grad, AT_ONCE)
@@ -213,7 +217,7 @@ def _conv_backward_kernel(
                 doc_start, doc_end, num_tokens, stride_grad_x, K, AT_ONCE, OWN, False,
             )  # fmt: skip
         before = _last_rows(rows, K - 1 + AT_ONCE, K - 1)
-    sums = parts + tl.program_id(0).to(tl.int64) * (K + 1) * num_channels + channel
+    sums = parts + tl.program_id(1).to(tl.int64) * (K + 1) * num_channels + channel
     for k in tl.static_range(K):
         tl.store(sums + k * num_channels, of_taps[k], mask=inside)
     tl.store(sums + K * num_channels, of_bias, mask=inside)
@@ -227,7 +231,7 @@ def conv_forward(
     out_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
     weight_KC = weight_C1K[:, 0].T.contiguous()
     walk = FORWARD
-    _conv_kernel[(triton.cdiv(num_tokens, walk.rows), triton.cdiv(num_channels, walk.channels))](
+    _conv_kernel[(triton.cdiv(num_channels, walk.channels), triton.cdiv(num_tokens, walk.rows))](
         x_TC, weight_KC, bias_C, starts, ends, out_TC, num_tokens, num_channels, x_TC.stride(0), out_TC.stride(0),
         K=weight_KC.shape[0], HAS_BIAS=bias_C is not None, CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once,
         BLOCKS=walk.rows // walk.rows_at_once, num_warps=walk.warps,
@@ -250,7 +254,7 @@ def conv_backward(
     rows = max(walk.rows, triton.next_power_of_2(2 * taps))
     num_parts = triton.cdiv(num_tokens, rows - (taps - 1))
     parts = torch.empty(num_parts, taps + 1, num_channels, dtype=torch.float32, device=x_TC.device)
-    _conv_backward_kernel[(num_parts, triton.cdiv(num_channels, walk.channels))](
+    _conv_backward_kernel[(triton.cdiv(num_channels, walk.channels), num_parts)](
         x_TC, weight_C1K[:, 0].T.contiguous(), bias_C, grad_TC, starts, ends, grad_x_TC, parts, num_tokens,
         num_channels, x_TC.stride(0), grad_TC.stride(0), grad_x_TC.stride(0), K=taps, HAS_BIAS=bias_C is not None,
         CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once, BLOCKS=rows // walk.rows_at_once, num_warps=walk.warps,

@@ -1,9 +1,18 @@
 """The gradients of B, C and the decays: what lies within a chunk, and what crosses its borders."""
 
 from .triton_language import tl, triton
-from .triton_output import load_readers, load_tile, neighbours
-from .triton_states import load_state
 from .triton_steps import chunk_bounds
+from .triton_tiles import load_head, load_readers, load_state, load_tile, neighbours
+
+
+@triton.jit
+def _add_two(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_three(a, b, c, d, e, f):
+    return a + d, b + e, c + f
 
 
 @triton.jit
@@ -17,7 +26,7 @@ def within_kernel(
     stride_C_direction, stride_C_token: tl.constexpr, stride_C_group,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HAS_DIAGONAL: tl.constexpr, HEADS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """What a chunk's own matrix gives, both directions at once. Grid (num_chunks, G * programs_per_group).
 
@@ -35,7 +44,8 @@ def within_kernel(
     first_head = tl.program_id(1) * HEADS
     num_groups = num_heads // heads_per_group
     p, n = tl.arange(0, PP), tl.arange(0, NP)
-    token = first + tl.arange(0, Q)
+    q = tl.arange(0, Q)
+    token = first + q
     live = token < end
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
@@ -48,11 +58,11 @@ def within_kernel(
     outside_right = outside + num_documents * num_groups * N
     B += group * stride_B_group
     C += group * stride_C_group
-    Bf = load_tile(B, token, stride_B_token, live, n, N)
-    Bb = load_tile(B + stride_B_direction, token, stride_B_token, live, n, N)
-    Cf = load_readers(C, readout, outside, token - 1, left_known, left_given, stride_C_token, n, N, HAS_READOUT)
+    Bf = load_tile(B, first, q, stride_B_token, live, n, N)
+    Bb = load_tile(B + stride_B_direction, first, q, stride_B_token, live, n, N)
+    Cf = load_readers(C, readout, outside, first, q - 1, left_known, left_given, stride_C_token, n, N, HAS_READOUT)
     Cb = load_readers(
-        C + stride_C_direction, readout, outside_right, token + 1, right_known, right_given, stride_C_token,
+        C + stride_C_direction, readout, outside_right, first, q + 1, right_known, right_given, stride_C_token,
         n, N, HAS_READOUT,
     )  # fmt: skip
     row, column = token[:, None], token[None, :]
@@ -65,7 +75,7 @@ def within_kernel(
     score_f = tl.where(below & allowed, score, 0.0)
     score_b = tl.where(~below & allowed, score, 0.0)
     grad_score = tl.zeros((Q, Q), tl.float32)
-    for index in range(HEADS):
+    for index in tl.range(0, HEADS, num_stages=STAGES):
         head = first_head + index
         line = head.to(tl.int64) * num_tokens
         other_line = (num_heads + head).to(tl.int64) * num_tokens
@@ -75,21 +85,25 @@ def within_kernel(
         upto_b = tl.load(cumulative + other_line + token, mask=live, other=0.0)
         before_f = tl.load(cumulative + line + token - 1, mask=left_known & (token > first), other=0.0)
         before_b = tl.load(cumulative + other_line + token + 1, mask=right_known & (token + 1 < end), other=0.0)
-        x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
-        dy_QP = load_tile(grad_y + head * stride_grad_y_head, token, stride_grad_y_token, live, p, P)
+        x_QP = load_head(x, head, first, q, stride_x_token, stride_x_head, live, p, P, DESCRIBED)
+        dy_QP = load_head(grad_y, head, first, q, stride_grad_y_token, stride_grad_y_head, live, p, P, DESCRIBED)
         # The matrix is score decay dt. An allowed exponent is <= 0; what is not allowed is finite, and goes at the end.
         exponent = tl.where(below, before_f[:, None] - upto_f[None, :], before_b[:, None] - upto_b[None, :])
         grad_matrix = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION)
-        if HAS_DIAGONAL:
-            on_it = tl.sum(tl.where(row == column, grad_matrix, 0.0), 1)
-            tl.store(grad_diagonal + token.to(tl.int64) * num_heads + head, on_it, mask=live)
         grad_decayed = grad_matrix * tl.exp2(tl.minimum(exponent, 0.0))
         weighted = grad_decayed * tl.where(below, dt_f[None, :], dt_b[None, :])
         grad_score += weighted
-        tl.store(written + line + token, tl.sum(grad_decayed * score_f, 0), mask=live)
-        tl.store(written + other_line + token, tl.sum(grad_decayed * score_b, 0), mask=live)
-        tl.store(read + line + token, tl.sum(weighted * score_f, 1), mask=live)
-        tl.store(read + other_line + token, tl.sum(weighted * score_b, 1), mask=live)
+        written_f, written_b = tl.reduce((grad_decayed * score_f, grad_decayed * score_b), 0, _add_two)
+        if HAS_DIAGONAL:
+            on_it = tl.where(row == column, grad_matrix, 0.0)
+            read_f, read_b, on_it = tl.reduce((weighted * score_f, weighted * score_b, on_it), 1, _add_three)
+            tl.store(grad_diagonal + first.to(tl.int64) * num_heads + head + q * num_heads, on_it, mask=live)
+        else:
+            read_f, read_b = tl.reduce((weighted * score_f, weighted * score_b), 1, _add_two)
+        tl.store(written + line + token, written_f, mask=live)
+        tl.store(written + other_line + token, written_b, mask=live)
+        tl.store(read + line + token, read_f, mask=live)
+        tl.store(read + other_line + token, read_b, mask=live)
 
     width = num_groups * N
     base = (part.to(tl.int64) * num_tokens + token.to(tl.int64)) * (4 * width) + group * N
@@ -106,15 +120,15 @@ def within_kernel(
 @triton.jit
 def across_kernel(
     x, grad_y, dt, arrive, depart, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
-    local, prefix, entering, grad_local, grad_prefix, grad_entering,
-    grad_vectors, read, written, kept,
-    num_tokens, num_chunks, num_segments, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
+    states, grad_states, grad_vectors, read, written, kept,
+    num_tokens, num_chunks, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
     stride_x_token: tl.constexpr, stride_x_head: tl.constexpr,
     stride_grad_y_token: tl.constexpr, stride_grad_y_head: tl.constexpr,
     stride_B_direction, stride_B_token: tl.constexpr, stride_B_group,
     stride_C_direction, stride_C_token: tl.constexpr, stride_C_group,
-    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
+    P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr,
     ALIGNED: tl.constexpr, HAS_READOUT: tl.constexpr, HEADS: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """What crosses a chunk's borders: the state that entered, and the gradient of the one that leaves.
 
@@ -133,7 +147,8 @@ def across_kernel(
     first_head = tl.program_id(1) * HEADS
     num_groups = num_heads // heads_per_group
     p, n = tl.arange(0, PP), tl.arange(0, NP)
-    token = first + tl.arange(0, Q)
+    q = tl.arange(0, Q)
+    token = first + q
     live = token < end
     start = tl.load(doc_start + token, mask=live, other=0)
     stop = tl.load(doc_end + token, mask=live, other=0)
@@ -151,32 +166,22 @@ def across_kernel(
         if ALIGNED:
             document += tl.load(chunk_document + chunk)
         outside += document.to(tl.int64) * num_groups * N
-    B_QN = load_tile(B, token, stride_B_token, live, n, N)
-    C_QN = load_readers(C, readout, outside, source, known, given, stride_C_token, n, N, HAS_READOUT)
-    tile = p[:, None] * N + n[None, :]
-    inside_pn = (p < P)[:, None] & (n < N)[None, :]
+    B_QN = load_tile(B, first, q, stride_B_token, live, n, N)
+    C_QN = load_readers(C, readout, outside, first, source - first, known, given, stride_C_token, n, N, HAS_READOUT)
     grad_B = tl.zeros((Q, NP), tl.float32)
     grad_C = tl.zeros((Q, NP), tl.float32)
-    place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + first_head
-    segment_place = (direction * num_segments + chunk // R).to(tl.int64) * num_heads + first_head
-    arrives, leaves = tl.load(prefix + place), tl.load(grad_prefix + place)
-    for index in range(HEADS):
+    place = (direction * num_chunks + chunk) * num_heads + first_head
+    for index in tl.range(0, HEADS, num_stages=STAGES):
         head = first_head + index
         line = (direction * num_heads + head).to(tl.int64) * num_tokens
-        state = load_state(local, entering, place + index, segment_place + index, arrives, tile, inside_pn, P * N)
-        leaving = load_state(
-            grad_local, grad_entering, place + index, segment_place + index, leaves, tile, inside_pn, P * N
-        )
-        tl.store(kept + place + index, tl.sum(tl.sum(state * leaving, 1), 0))
-        state, leaving = state.to(x.dtype.element_ty), leaving.to(x.dtype.element_ty)
-        # whether the next head's states need those of their segments is known before its turn comes
-        arrives = tl.load(prefix + place + index + 1, mask=index + 1 < HEADS, other=0.0)
-        leaves = tl.load(grad_prefix + place + index + 1, mask=index + 1 < HEADS, other=0.0)
+        state = load_state(states, place + index, p, n, P, N, DESCRIBED)
+        leaving = load_state(grad_states, place + index, p, n, P, N, DESCRIBED)
+        tl.store(kept + place + index, tl.sum(tl.sum(state.to(tl.float32) * leaving.to(tl.float32), 1), 0))
         dt_Q = tl.load(dt + line + token, mask=live, other=0.0)
         arrive_Q = tl.load(arrive + line + token, mask=live, other=0.0)
         depart_Q = tl.load(depart + line + token, mask=live, other=0.0)
-        x_QP = load_tile(x + head * stride_x_head, token, stride_x_token, live, p, P)
-        dy_QP = load_tile(grad_y + head * stride_grad_y_head, token, stride_grad_y_token, live, p, P)
+        x_QP = load_head(x, head, first, q, stride_x_token, stride_x_head, live, p, P, DESCRIBED)
+        dy_QP = load_head(grad_y, head, first, q, stride_grad_y_token, stride_grad_y_head, live, p, P, DESCRIBED)
         from_state = tl.dot(dy_QP, state, input_precision=PRECISION) * arrive_Q[:, None]
         to_state = tl.dot(x_QP, leaving, input_precision=PRECISION) * depart_Q[:, None]
         grad_C += from_state

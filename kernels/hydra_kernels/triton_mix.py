@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 import torch
 from torch.autograd.function import once_differentiable
 
-from .exchange import Entered, Exchange
+from .exchange import Exchange
 from .mix_arguments import MixShape, MixWeights, in_dtypes_of
+from .scan_inputs import ScanInputs
 from .triton_conv import conv_backward, conv_forward
 from .triton_norm import norm_backward, norm_forward
-from .triton_scan import ScanInputs, begin_forward, finish_forward, scan_backward
+from .triton_scan import begin_forward, finish_forward, scan_backward
 
 
 class Outside(NamedTuple):
@@ -74,8 +75,10 @@ class Kept(NamedTuple):
     """The norm's factors."""
     diagonal_TH: torch.Tensor
     """Of the scan's matrix, but for D."""
-    entered: Entered | None
-    """What came from outside."""
+    entering_2MHPN: torch.Tensor | None
+    """What entered the segments of the scan; absent where chunks end at documents."""
+    readout_2GN: torch.Tensor | None
+    """The vectors that came from outside."""
 
 
 class Borders(NamedTuple):
@@ -105,13 +108,15 @@ def mix_forward(
     begun = begin_forward(inputs, None if outside is None else outside.exchange)
     x_TI = inputs.x_THP.flatten(1)  # a view; this product is made while states travel
     inputs = inputs._replace(diagonal_TH=torch.nn.functional.linear(x_TI, weights.fc_D_weight.to(x_TI.dtype)))
-    y_THP, _, entered = finish_forward(inputs, begun)
-    y_TI = y_THP.flatten(1)
+    scanned = finish_forward(inputs, begun)
+    y_TI = scanned.y_THP.flatten(1)
     z_TI = projected_TE[:, : shape.d_inner]
     z_TI = z_TI if outside is None else outside.own(z_TI)
     out_TI, inverse_T = norm_forward(y_TI, z_TI, weights.norm_weight, shape.norm_eps)
     assert inputs.diagonal_TH is not None
-    return out_TI, Kept(y_TI, inverse_T, inputs.diagonal_TH, entered)
+    entering = scanned.entering_2MHPN if inputs.borders is None else None
+    readout = None if scanned.entered is None else scanned.entered.readout_2GN
+    return out_TI, Kept(y_TI, inverse_T, inputs.diagonal_TH, entering, readout)
 
 
 def mix_backward(
@@ -127,6 +132,8 @@ def mix_backward(
     again, and results written straight into the gradient of the projection."""
     d_inner, nheads = shape.d_inner, shape.nheads
     conv_TC, inputs = _mix_inputs(shape, outside, projected_TE, weights, documents, kept.diagonal_TH)
+    if kept.readout_2GN is not None:
+        inputs = inputs.with_readout(kept.readout_2GN)
     grad_TE, grad_conv_TC = torch.empty_like(projected_TE), torch.empty_like(conv_TC)
     own_TE, own_grad_TE, own_conv_TC, own_grad_conv_TC = projected_TE, grad_TE, conv_TC, grad_conv_TC
     if outside is not None:
@@ -148,8 +155,8 @@ def mix_backward(
         grad_x_TI.unflatten(1, (nheads, -1)),
         grad_dt_TH.unflatten(1, (2, nheads)).transpose(0, 1),
         own_grad_conv_TC[:, d_inner:],
+        kept.entering_2MHPN,
         None if outside is None else outside.exchange,
-        kept.entered,
         weights.fc_D_weight.to(projected_TE.dtype),
     )
     assert grads.diagonal_TH is not None
@@ -166,8 +173,7 @@ def mix_backward(
     )
     add_to_own = None if outside is None else outside.give_back(grad_TE)
     grad_init = None if grads.initial_2SHPN is None else grads.initial_2SHPN.sum((0, 1))
-    grad_D = grads.diagonal_TH.sum(0)
-    found = (grad_weight, grad_bias, grads.bias_H, grads.A_H, grad_D, grad_fc_D, grad_norm, grad_init)
+    found = (grad_weight, grad_bias, grads.bias_H, grads.A_H, grads.D_H, grad_fc_D, grad_norm, grad_init)
     in_their_dtypes = in_dtypes_of(weights, found)
     if add_to_own is not None:
         add_to_own()
@@ -228,15 +234,13 @@ class MixOfStretch(torch.autograd.Function):
         """tensors: those of `MixWeights`, then those of `Borders`."""
         out_TI, kept = mix_forward(shape, outside, projected_TE, *parted(tensors))
         ctx.shape, ctx.outside = shape, outside
-        assert kept.entered is not None
-        ctx.save_for_backward(kept.y_TI, kept.inverse_T, kept.diagonal_TH, *kept.entered, projected_TE, *tensors)
+        ctx.save_for_backward(*kept, projected_TE, *tensors)
         return out_TI
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out_TI: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # read once: under activation checkpointing each access computes them again
-        y_TI, inverse_T, diagonal_TH, states_2HPN, readout_2GN, projected_TE, *tensors = ctx.saved_tensors
-        kept = Kept(y_TI, inverse_T, diagonal_TH, Entered(states_2HPN, readout_2GN))
+        saved, num_kept = ctx.saved_tensors, len(Kept._fields)  # once: checkpointing computes them at each access
+        kept, (projected_TE, *tensors) = Kept(*saved[:num_kept]), saved[num_kept:]
         found = mix_backward(ctx.shape, ctx.outside, grad_out_TI, kept, projected_TE, *parted(tensors))
         return None, None, *found, None, None, None

@@ -7,7 +7,9 @@ from torch.library import custom_op
 
 from .triton_language import OPERATORS, tl, triton
 
-_ROWS = 16
+_ROWS = 32
+_STAGES = 3
+"""Of the backward pass: rows on their way while one is computed with, and it."""
 
 
 @triton.jit
@@ -33,14 +35,14 @@ def _norm_kernel(
 def _norm_backward_kernel(
     y, z, weight, inverse, grad, grad_y, grad_z, grad_squares, parts, num_tokens, num_channels, width,
     stride_y, stride_z, stride_grad, stride_grad_y, stride_grad_z,
-    GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """GIVEN: the squares were an input, whose gradient stands apart from y's."""
     channel = tl.arange(0, BLOCK)
     mask = channel < num_channels
     weight_C = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     grad_weight = tl.zeros((BLOCK,), tl.float32)
-    for index in range(ROWS):
+    for index in tl.range(0, ROWS, num_stages=STAGES):
         row = tl.program_id(0).to(tl.int64) * ROWS + index
         here = mask & (row < num_tokens)
         scale = tl.load(inverse + row, mask=row < num_tokens, other=0.0)
@@ -115,7 +117,7 @@ def norm_backward(
         y_TC, z_TC, weight_C, inverse_T, grad_TC, grad_y_TC, grad_z_TC, grad_squares_T, parts,
         num_tokens, num_channels, width or num_channels,
         y_TC.stride(0), z_TC.stride(0), grad_TC.stride(0), grad_y_TC.stride(0), grad_z_TC.stride(0),
-        GIVEN=grad_squares_T is not None, BLOCK=block, ROWS=_ROWS, num_warps=_warps(block),
+        GIVEN=grad_squares_T is not None, BLOCK=block, ROWS=_ROWS, STAGES=_STAGES, num_warps=_warps(block),
     )  # fmt: skip
     return parts.sum(0)
 

@@ -10,12 +10,14 @@ import torch
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from .chunks import num_segments
 from .documents import Documents
 from .mix_arguments import MixShape, MixWeights, in_dtypes_of
+from .scan_inputs import ScanInputs
 from .triton_conv import conv_backward, conv_forward
 from .triton_language import OPERATORS
 from .triton_mix import Kept, MixOfStretch, Outside, mix_backward, mix_forward, parted
-from .triton_scan import ScanInputs, scan_backward, scan_forward
+from .triton_scan import scan_backward, scan_forward
 
 _NO_LIMIT = (0.0, float("inf"))
 _Tensor = torch.Tensor
@@ -32,8 +34,8 @@ def _scan(
         x_THP, dt_2TH, A_H, B_2TGN, C_2TGN, diagonal_TH, initial_2SHPN, readout_2SGN, starts_T, ends_T, borders,
         chunk_size,
     )  # fmt: skip
-    y_THP, final = scan_forward(inputs)
-    return y_THP, _or_empty(final, x_THP)
+    scanned = scan_forward(inputs)
+    return scanned.y_THP, _or_empty(scanned.final_2SHPN, x_THP)
 
 
 @_scan.register_fake
@@ -126,8 +128,8 @@ def _fake(shape: Sequence[int], like: _Tensor, dtype: torch.dtype = torch.float3
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
-def _or_empty(tensor: _Tensor | None, like: _Tensor) -> _Tensor:
-    return _fake((0,), like) if tensor is None else tensor
+def _or_empty(tensor: _Tensor | None, like: _Tensor, dtype: torch.dtype = torch.float32) -> _Tensor:
+    return _fake((0,), like, dtype) if tensor is None else tensor
 
 
 def triton_scan(
@@ -227,28 +229,30 @@ def _mix(
     projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
     D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
     starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
-) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor]:  # fmt: skip
-    """sizes, limits: those of `MixShape`. Returns the result, and for the backward pass y, the norm's factors and the
-    diagonal."""
+) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor]:  # fmt: skip
+    """sizes, limits: those of `MixShape`. Returns the result, and for the backward pass y, the norm's factors, the
+    diagonal and what entered the segments."""
     tensors = (
         conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
     )  # fmt: skip
     out_TI, kept = mix_forward(_shape(sizes, limits), None, projected_TE, *parted(tensors))
-    return out_TI, kept.y_TI, kept.inverse_T, kept.diagonal_TH
+    return out_TI, *kept[:3], _or_empty(kept.entering_2MHPN, projected_TE, projected_TE.dtype)
 
 
 @_mix.register_fake
-def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor]:
-    num_tokens, (d_inner, nheads, *_) = projected_TE.shape[0], rest[-2]
+def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor]:
+    num_tokens, (d_inner, nheads, headdim, d_state, *_) = projected_TE.shape[0], rest[-2]
+    starts_from_learnt_states = rest[7] is not None
+    entering = (0,) if starts_from_learnt_states else (2, num_segments(num_tokens), nheads, headdim, d_state)
     out, y, diagonal = (
         _fake((num_tokens, width), projected_TE, projected_TE.dtype) for width in (d_inner, d_inner, nheads)
     )
-    return out, y, _fake((num_tokens,), projected_TE), diagonal
+    return out, y, _fake((num_tokens,), projected_TE), diagonal, _fake(entering, projected_TE, projected_TE.dtype)
 
 
 @custom_op(f"{OPERATORS}::mix_backward", mutates_args=())
 def _mix_backward(
-    grad_out_TI: _Tensor, y_TI: _Tensor, inverse_T: _Tensor, diagonal_TH: _Tensor,
+    grad_out_TI: _Tensor, y_TI: _Tensor, inverse_T: _Tensor, diagonal_TH: _Tensor, entering_2MHPN: _Tensor,
     projected_TE: _Tensor, conv_weight: _Tensor, conv_bias: _Tensor | None, dt_bias: _Tensor, A_log: _Tensor,
     D: _Tensor, fc_D_weight: _Tensor, norm_weight: _Tensor, init_states: _Tensor | None, borders: _Tensor,
     starts_T: _Tensor, ends_T: _Tensor, sizes: list[int], limits: list[float],
@@ -257,7 +261,8 @@ def _mix_backward(
     tensors = (
         conv_weight, conv_bias, dt_bias, A_log, D, fc_D_weight, norm_weight, init_states, borders, starts_T, ends_T,
     )  # fmt: skip
-    kept = Kept(y_TI, inverse_T, diagonal_TH, None)
+    entering = entering_2MHPN if entering_2MHPN.numel() else None
+    kept = Kept(y_TI, inverse_T, diagonal_TH, entering, None)
     found = mix_backward(_shape(sizes, limits), None, grad_out_TI, kept, projected_TE, *parted(tensors))
     of_projection, *of_weights = (_or_empty(gradient, projected_TE) for gradient in found)
     return [of_projection, *(gradient.clone() for gradient in of_weights)]  # two may lie in one tensor
@@ -265,7 +270,13 @@ def _mix_backward(
 
 @_mix_backward.register_fake
 def _(
-    grad_out: _Tensor, y: _Tensor, inverse: _Tensor, diagonal: _Tensor, projected_TE: _Tensor, *rest: Any
+    grad_out: _Tensor,
+    y: _Tensor,
+    inverse: _Tensor,
+    diagonal: _Tensor,
+    entering: _Tensor,
+    projected_TE: _Tensor,
+    *rest: Any,
 ) -> list[_Tensor]:
     given = (projected_TE, *rest[:8])
     return [
@@ -273,7 +284,7 @@ def _(
     ]
 
 
-def _mix_keep(ctx: Any, inputs: Sequence[Any], output: tuple[_Tensor, _Tensor, _Tensor, _Tensor]) -> None:
+def _mix_keep(ctx: Any, inputs: Sequence[Any], output: Sequence[_Tensor]) -> None:
     *tensors, ctx.sizes, ctx.limits = inputs
     ctx.save_for_backward(*output[1:], *tensors)
     ctx.set_materialize_grads(False)
@@ -282,7 +293,7 @@ def _mix_keep(ctx: Any, inputs: Sequence[Any], output: tuple[_Tensor, _Tensor, _
 def _mix_gradients(ctx: Any, grad_out: _Tensor, *of_kept: None) -> _Gradients:
     tensors = ctx.saved_tensors
     found = _mix_backward(grad_out.contiguous(), *tensors, ctx.sizes, ctx.limits)
-    pairs = zip(tensors[3:12], found, strict=True)
+    pairs = zip(tensors[4:13], found, strict=True)
     return *(None if tensor is None else gradient for tensor, gradient in pairs), *(None,) * 5
 
 
@@ -297,7 +308,9 @@ def _mix_flops(projected: Sequence[int], conv: Sequence[int], *rest: Any, **_: A
 
 
 @register_flop_formula(getattr(torch.ops, OPERATORS).mix_backward)
-def _mix_backward_flops(grad_out: Any, y: Any, inverse: Any, diagonal: Any, *arguments: Any, **_: Any) -> int:
+def _mix_backward_flops(
+    grad_out: Any, y: Any, inverse: Any, diagonal: Any, entering: Any, *arguments: Any, **_: Any
+) -> int:
     return 2 * _mix_flops(*arguments)
 
 

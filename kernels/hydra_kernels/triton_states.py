@@ -1,12 +1,12 @@
-"""States at the edges of chunks: a sweep over the chunks of each segment, and a pass over the segments.
+"""States at the edges of chunks: two sweeps over the chunks of each segment, and between them a pass over the segments.
 
-A sweep carries the state through the chunks of one segment in registers, starting from zero, and writes what enters
-every chunk in the input's dtype, with the factor by which a state that enters the segment arrives there. The pass
-carries the fp32 states of the segments along. Who needs the state entering a chunk adds the two:
-local + prefix * entering. So neither chunk states in fp32 nor a second pass over all of them touch memory. What enters
-a stretch of a sequence that is divided over ranks is such a pass over the ranks.
+A sweep carries the state through the chunks of one segment in registers. The first starts from zero and writes only
+what leaves the segment, where a document goes on behind it; elsewhere it reads nothing. The pass carries the fp32
+states of the segments along. The second sweep starts from what enters its segment and writes what enters every chunk,
+in the input's dtype: so chunk states are written once, rounded once, and never read to be mended. What enters a stretch
+of a sequence that is divided over ranks is such a pass over the ranks.
 
-The gradient of the states flows the other way: the same sweep with the output's gradient for x and C for B.
+The gradient of the states flows the other way: the same sweeps with the output's gradient for x and C for B.
 """
 
 import torch
@@ -46,23 +46,23 @@ def _chunk_of_step(
 @triton.jit
 def sweep_kernel(
     values, vectors, dt, arrive, depart, through, doc_start, doc_end, chunk_start, chunk_document, edge_in, readout,
-    local, prefix, total, total_decay, edge_out, edge_decay,
+    entering, states, edge_out, total, total_decay,
     num_tokens, num_chunks, num_segments, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
     stride_value_token: tl.constexpr, stride_value_head: tl.constexpr,
     stride_vector_direction, stride_vector_token: tl.constexpr, stride_vector_group,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_EDGE: tl.constexpr, HAS_READOUT: tl.constexpr,
-    HAS_BESIDE: tl.constexpr, PRECISION: tl.constexpr,
+    TOTALS: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_EDGE: tl.constexpr,
+    HAS_READOUT: tl.constexpr, HAS_BESIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid (2 H, num_segments), the two directions of a head side by side: they read the same tokens.
 
-    local (2, num_chunks, H, P, N) in the values' dtype and prefix (2, num_chunks, H) fp32: what enters each chunk.
-    total (2, num_segments, H, P, N) and total_decay fp32: what leaves each segment. dt and the factors: see `Steps`.
+    TOTALS, the first sweep: total (2, num_segments, H, P, N) and total_decay fp32, what leaves each segment if nothing
+    enters, and the factor of what does. Else from entering (2, num_segments, H, P, N): states (2, num_chunks, H, P, N)
+    in the values' dtype, what enters each chunk. dt and the factors: see `Steps`.
 
     GRADIENT: values is the gradient of the output, vectors is C, and what enters a chunk is the gradient of the state
     that leaves it. ALIGNED: each chunk belongs to one document, whose state starts as edge_in (2, S, H, P, N), or zero,
-    and ends in edge_out, up to edge_decay times what enters the segment. HAS_BESIDE: C has rows in front of its first
-    token and behind its last.
+    and ends in edge_out. HAS_BESIDE: C has rows in front of its first token and behind its last.
     """
     direction = tl.program_id(0) % 2
     head = tl.program_id(0) // 2
@@ -72,11 +72,25 @@ def sweep_kernel(
     p, n = tl.arange(0, PP), tl.arange(0, NP)
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
     tile = p[:, None] * N + n[None, :]
+    place = ((direction * num_segments + segment).to(tl.int64) * num_heads + head) * (P * N)
+    decay_place = (direction * num_segments + segment) * num_heads + head
+    state = tl.zeros((PP, NP), tl.float32)
+    decay = 1.0
+    lowest, highest = 0, num_tokens
+    if TOTALS and not ALIGNED:
+        # only the document over the border that is reached last can leave anything there
+        border = segment * (R * Q)
+        last = tl.where(ascending, tl.minimum(border + R * Q, num_tokens) - 1, border)
+        lowest, highest = tl.load(doc_start + last), tl.load(doc_end + last)
+        if tl.where(ascending, highest <= last + 1, lowest >= last):
+            tl.store(total + place + tile, state, mask=inside_pn)
+            tl.store(total_decay + decay_place, 0.0)
+            return
+    if not TOTALS:
+        state += tl.load(entering + place + tile, mask=inside_pn, other=0.0).to(tl.float32)
     values += head * stride_value_head
     vectors += direction * stride_vector_direction + group * stride_vector_group
     line = (direction * num_heads + head).to(tl.int64) * num_tokens
-    state = tl.zeros((PP, NP), tl.float32)
-    decay = 1.0
     chunk, exists, first, end = _chunk_of_step(
         0, segment, ascending, chunk_start, doc_end, num_tokens, num_chunks, Q, R, ALIGNED
     )
@@ -93,17 +107,17 @@ def sweep_kernel(
             leaves = tl.where(ascending, at_end, at_start)
             edge_place = ((direction * num_documents + document).to(tl.int64) * num_heads + head) * (P * N)
             if HAS_EDGE:
-                entering = tl.load(edge_in + edge_place + tile, mask=inside_pn & enters, other=0.0).to(tl.float32)
-                state = tl.where(enters, entering, state)
+                at_edge = tl.load(edge_in + edge_place + tile, mask=inside_pn & enters, other=0.0).to(tl.float32)
+                state = tl.where(enters, at_edge, state)
             else:
                 state = tl.where(enters, 0.0, state)
             decay = tl.where(enters, 0.0, decay)
-        place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
-        tl.store(local + place * (P * N) + tile, state.to(local.dtype.element_ty), mask=inside_pn & exists)
-        tl.store(prefix + place, decay, mask=exists)
+        if not TOTALS:
+            chunk_place = ((direction * num_chunks + chunk).to(tl.int64) * num_heads + head) * (P * N)
+            tl.store(states + chunk_place + tile, state.to(states.dtype.element_ty), mask=inside_pn & exists)
 
         token = first + tl.arange(0, Q)
-        live = token < end
+        live = (token < end) & (token >= lowest) & (token < highest)
         source, known = token, live
         if GRADIENT:
             source = token + tl.where(direction == 0, -1, 1)
@@ -141,16 +155,15 @@ def sweep_kernel(
         )  # fmt: skip
         weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
         state = tl.dot(tl.trans(weighted), vector, state * factor, input_precision=PRECISION)
-        decay *= factor
-        if ALIGNED:
+        if TOTALS:
+            decay *= factor
+        elif ALIGNED:
             tl.store(edge_out + edge_place + tile, state, mask=inside_pn & leaves)
-            edge_slot = (direction * num_documents + document).to(tl.int64) * num_heads + head
-            tl.store(edge_decay + edge_slot, decay, mask=leaves)
         chunk, exists, first, end = next_chunk, next_exists, next_first, next_end
         weight, factor = next_weight, next_factor
-    place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
-    tl.store(total + place * (P * N) + tile, state, mask=inside_pn)
-    tl.store(total_decay + place, decay)
+    if TOTALS:
+        tl.store(total + place + tile, state, mask=inside_pn)
+        tl.store(total_decay + decay_place, decay)
 
 
 @triton.jit
@@ -160,7 +173,7 @@ def pass_kernel(
     ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
     GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_READOUT: tl.constexpr,
 ):  # fmt: skip
-    """Entering state of every segment from the segments' own.
+    """Entering state of every segment from the segments' totals.
 
     Grid (H, 2, ELEMENTS / BLOCK); ELEMENTS = P N. initial (2, H, P, N) fp32. HAS_LEAVING: also the state behind the
     last segment (2, H, P, N) and the decay of it all (2, H), fp32. HAS_READOUT: also the vectors (2, G, N) that others
@@ -254,13 +267,3 @@ def chain_messages(
         GRADIENT=backward,
     )  # fmt: skip
     return entering, readout
-
-
-@triton.jit
-def load_state(local, entering, place, segment_place, factor, tile, mask, ELEMENTS: tl.constexpr):
-    """The state entering a chunk, fp32: the segment's own, plus `factor` times what came into the segment."""
-    own = tl.load(local + place * ELEMENTS + tile, mask=mask, other=0.0)
-    came = tl.load(
-        entering + segment_place * ELEMENTS + tile, mask=mask & (tl.broadcast_to(factor, mask.shape) > 0.0), other=0.0
-    )
-    return own.to(tl.float32) + factor * came.to(tl.float32)

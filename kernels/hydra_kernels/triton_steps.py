@@ -42,6 +42,25 @@ def chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q: tl.constexpr, ALIGN
 
 
 @triton.jit
+def reads_state(start, stop, first, end, FORWARD: tl.constexpr, ALIGNED: tl.constexpr):
+    """Which tokens the state that enters a chunk reaches: those of the document that lies over that border."""
+    if FORWARD:
+        reads = (start < first) | ALIGNED
+    else:
+        reads = (stop > end) | ALIGNED
+    return reads
+
+
+@triton.jit
+def writes_state(token, first, end, doc_start, doc_end, FORWARD: tl.constexpr):
+    """Which tokens reach the state that leaves the chunk: those of the document at that border; and its bounds."""
+    last = end - 1 if FORWARD else first
+    last_start = tl.load(doc_start + last, mask=first < end, other=0)
+    last_stop = tl.load(doc_end + last, mask=first < end, other=0)
+    return (token >= last_start) & (token < last_stop), last_start, last_stop
+
+
+@triton.jit
 def _add_or_restart(left, left_restarts, right, right_restarts):
     return tl.where(right_restarts != 0, right, left + right), left_restarts | right_restarts
 
@@ -81,16 +100,9 @@ def steps_kernel(
         restart = tl.broadcast_to((token == (start if direction == 0 else stop - 1)).to(tl.int32)[:, None], (Q, V))
         log_decay = dt * A_V[None, :] * 1.4426950408889634
         cumulative, _ = tl.associative_scan((log_decay, restart), 0, _add_or_restart, reverse=direction == 1)
-        # states enter at one edge of the chunk and leave at the other, through the document that lies there
-        if direction == 0:
-            last = end - 1
-            reads = (start < first) | ALIGNED
-        else:
-            last = first
-            reads = (stop > end) | ALIGNED
-        last_start = tl.load(doc_start + last, mask=first < end, other=0)
-        last_stop = tl.load(doc_end + last, mask=first < end, other=0)
-        writes = (token >= last_start) & (token < last_stop)
+        reads = reads_state(start, stop, first, end, direction == 0, ALIGNED)
+        writes, last_start, last_stop = writes_state(token, first, end, doc_start, doc_end, direction == 0)
+        last = end - 1 if direction == 0 else first
         whole = tl.sum(tl.where((token == last)[:, None], cumulative, 0.0), 0)
         arrive = tl.where(reads[:, None], tl.exp2(tl.minimum(cumulative - log_decay, 0.0)), 0.0)
         depart = tl.where(writes[:, None], tl.exp2(tl.minimum(whole[None, :] - cumulative, 0.0)), 0.0)
@@ -100,10 +112,7 @@ def steps_kernel(
         tl.store(write_log_out + place, cumulative - tl.log2(tl.maximum(dt, 1.2e-38)), mask=live)
         tl.store(arrive_out + place, arrive, mask=live)
         tl.store(depart_out + place, depart, mask=live)
-        if direction == 0:
-            passes = (last_start < first) | ALIGNED
-        else:
-            passes = (last_stop > end) | ALIGNED
+        passes = reads_state(last_start, last_stop, first, end, direction == 0, ALIGNED)
         factor = tl.where(first < end, tl.where(passes, tl.exp2(whole), 0.0), 1.0)
         chunk_place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
         tl.store(through + chunk_place, factor, mask=head < num_heads)
@@ -111,13 +120,14 @@ def steps_kernel(
 
 @triton.jit
 def steps_backward_kernel(
-    raw, bias, A, dt, through, read, written, read_across, written_across, kept, doc_start, doc_end, chunk_start,
-    grad_raw, grad_A, grad_bias,
+    raw, bias, A, dt, through, read, written, read_across, written_across, kept, grad_diagonal,
+    doc_start, doc_end, chunk_start, grad_raw, sums,
     num_tokens, num_chunks, num_heads, stride_direction, stride_token, stride_head,
     grad_stride_direction, grad_stride_token, grad_stride_head, limit_low, limit_high,
-    Q: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, ALIGNED: tl.constexpr,
+    Q: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, ALIGNED: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the raw steps, and per chunk of A (RAW: of log(-A)) and of the bias, (num_chunks, H) fp32.
+    """Gradients of the raw steps, and per chunk sums (3, num_chunks, H) fp32: gradients of A (RAW: of log(-A)), with
+    RAW of the bias, and of the diagonal those (T, H) that are given.
 
     read[i], written[j] (2, H, T): sums of dM M over the row of a reading token and, without dt, over the column of a
     written one, within the chunk and across its borders; kept (2, num_chunks, H): the entering state times the
@@ -179,7 +189,12 @@ def steps_backward_kernel(
         target = token.to(tl.int64)[:, None] * grad_stride_token + direction * grad_stride_direction
         target += head[None, :] * grad_stride_head
         tl.store(grad_raw + target, grad_dt.to(grad_raw.dtype.element_ty), mask=live)
-    slot = chunk.to(tl.int64) * num_heads + head
-    tl.store(grad_A + slot, grad_A_V * (A_V if RAW else 1.0), mask=head < num_heads)
-    if RAW:
-        tl.store(grad_bias + slot, grad_bias_V, mask=head < num_heads)
+    slot = sums + chunk.to(tl.int64) * num_heads + head
+    kind = num_chunks * num_heads
+    tl.store(slot, grad_A_V * (A_V if RAW else 1.0), mask=head < num_heads)
+    tl.store(slot + kind, grad_bias_V, mask=head < num_heads)
+    total_V = tl.zeros((V,), tl.float32)
+    if HAS_DIAGONAL:
+        place = token.to(tl.int64)[:, None] * num_heads + head[None, :]
+        total_V += tl.sum(tl.load(grad_diagonal + place, mask=live, other=0.0), 0)
+    tl.store(slot + 2 * kind, total_V, mask=head < num_heads)

@@ -42,13 +42,17 @@ class Settings(NamedTuple):
 KERNELS = ("sweep", "output", "transposed", "within", "across")
 """The fields of `Settings` that are launches."""
 
+_HOPPER = 227 * 1024
+"""Bytes of shared memory that one program of an H100 may have."""
+
 _Key = tuple[int, int, str]
 """headdim, d_state, dtype."""
 
-_WIDTH_64 = Settings(64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), Launch(4, 3), Launch(4, 2))
-
-SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {(9, 0): {(64, 64, "bfloat16"): _WIDTH_64}}
-"""By compute capability; measured on an NVIDIA H100 80GB HBM3 (docs/performance.md)."""
+SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {
+    (9, 0): {(64, 64, "bfloat16"): Settings(64, 64, *(Launch(4, 3),) * 5)},
+}
+"""By compute capability; measured on an NVIDIA H200 (docs/performance.md). Three stages: two heads are on their way
+while one is computed with, in just so much shared memory that a multiprocessor has room for two programs."""
 
 
 def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.device) -> Settings:
@@ -60,21 +64,35 @@ def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.devic
     measured = read(file_of(device)).get(key)
     if measured is None and device.type == "cuda":
         measured = SHIPPED.get(torch.cuda.get_device_capability(device), {}).get(key)
-    return measured or by_rule(headdim, d_state, dtype)
+    return measured or by_rule(headdim, d_state, dtype, _shared_memory(device))
 
 
-def by_rule(headdim: int, d_state: int, dtype: torch.dtype) -> Settings:
-    """What has worked at these widths on an H100, for shapes and devices that nobody measured."""
-    widest = max(padded_width(headdim), padded_width(d_state))
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may have."""
+    if device.type != "cuda":
+        return _HOPPER
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)  # type: ignore[attr-defined]
+
+
+def by_rule(headdim: int, d_state: int, dtype: torch.dtype, shared_memory: int = _HOPPER) -> Settings:
+    """What has worked at these widths on an H100, for shapes and devices that nobody measured.
+
+    A chunk's two states and its tokens are buffered as often as shared memory, in bytes, allows beside what stays.
+    """
+    P, N = padded_width(headdim), padded_width(d_state)
+    widest, size = max(P, N), dtype.itemsize
+    chunk = 64 if widest >= 64 else 128
+    if dtype == torch.float32 and widest > 64:
+        return Settings(32, 32, Launch(4, 1), *(Launch(8, 1),) * 4)
+    stays, buffered = (2 * chunk * N + 2 * chunk * P) * size + 8192, (2 * P * N + chunk * P) * size
+    stages = max(1, min(3, (shared_memory - stays) // buffered))
     if dtype == torch.float32:
-        if widest > 64:
-            return Settings(32, 32, Launch(4, 1), *(Launch(8, 1),) * 4)
-        return Settings(64, 32, *(Launch(4, 3),) * 3, *(Launch(8, 2),) * 2)
-    if (headdim, d_state) == (64, 64):
-        return _WIDTH_64
+        return Settings(64, 32, Launch(4, 3), *(Launch(4, stages),) * 2, *(Launch(8, 2),) * 2)
+    if widest == 64 and P == N:
+        return Settings(64, 64, Launch(4, 3), *(Launch(4, min(2, stages)),) * 2, *(Launch(4, 2),) * 2)
     if widest > 64:
-        return Settings(64, 32, *(Launch(4, 3),) * 3, *(Launch(8, 2),) * 2)
-    return Settings(128, 64, Launch(4, 3), *(Launch(8, 3),) * 2, *(Launch(8, 2),) * 2)
+        return Settings(64, 32, Launch(4, 3), *(Launch(4, stages),) * 2, *(Launch(8, 2),) * 2)
+    return Settings(128, 64, Launch(4, 3), *(Launch(8, stages),) * 2, *(Launch(8, 2),) * 2)
 
 
 def file_of(device: torch.device) -> Path:
