@@ -26,9 +26,9 @@ class Chunks(NamedTuple):
 def cut(num_tokens: int, borders: torch.Tensor | None, largest: int) -> Chunks:
     """Chunks of a power of two of tokens, from 16 to `largest` and a segment. borders: cu_seqlens (S + 1,)."""
     size = 1 << (max(_SHORTEST, min(largest, SEGMENT_TOKENS)).bit_length() - 1)
-    per_segment = SEGMENT_TOKENS // size
     if borders is None:
         num = -(-num_tokens // size)
+        per_segment = _per_segment(size, num)
         return Chunks(size, num, -(-num // per_segment), per_segment, None, None, 1)
     # As many chunks as any lengths could need: how many are used stays on the device.
     num_documents = borders.numel() - 1
@@ -39,8 +39,14 @@ def cut(num_tokens: int, borders: torch.Tensor | None, largest: int) -> Chunks:
     first = torch.nn.functional.pad(last[:-1] + 1, (1, 0))
     start = borders[documents] + (chunk - first[documents]) * size
     starts = torch.where(chunk <= last[-1], start, num_tokens).to(torch.int32)
+    per_segment = _per_segment(size, num)
     segments = -(-num // per_segment)
     return Chunks(size, num, segments, per_segment, starts, documents.to(torch.int32), num_documents)
+
+
+def _per_segment(size: int, num: int) -> int:
+    """Those of a whole segment, or the power of two that all chunks of a short input fit in: kernels count to it."""
+    return min(SEGMENT_TOKENS // size, 1 << (num - 1).bit_length())
 
 
 def num_segments(num_tokens: int) -> int:
