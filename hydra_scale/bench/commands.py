@@ -183,16 +183,16 @@ def scaling(
     """
     from hydra_scale.accelerator import choose_accelerator
     from hydra_scale.bench.scaling import Host, run, shown, usual_counts, usual_sections
-    from hydra_scale.bench.scaling_plan import LONG, SECTIONS, Wanted, trials
+    from hydra_scale.bench.scaling_plan import COUNTS, LONG, SECTIONS, Wanted, trials
     from hydra_scale.bench.scaling_report import write_page
     from hydra_scale.bench.scaling_result import Results
 
     host, results = Host.here(choose_accelerator(0)), Results(output / "scaling.jsonl")
+    counts = processes or (usual_counts(host) if measure else COUNTS)
+    sections = _names("--only", only, SECTIONS, usual_sections(host) if measure else SECTIONS)
     wanted = Wanted(
-        config, overrides or [], processes or usual_counts(host),
-        _names("--only", only, SECTIONS, usual_sections(host)), layout or [],
-        tokens, seqlen, long or LONG, steps, compare,
-    )  # fmt: skip
+        config, overrides or [], counts, sections, layout or [], tokens, seqlen, long or LONG, steps, compare
+    )
     chosen = trials(wanted)
     for trial in chosen if layout else ():
         _ = trial.resolved  # a mistake of the user is told before the first start

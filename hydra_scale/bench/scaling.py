@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from hydra_scale.accelerator import Accelerator, gpus_here
-from hydra_scale.bench.scaling_plan import LARGEST, SECTIONS, Trial
+from hydra_scale.bench.scaling_plan import COUNTS, SECTIONS, Trial
 from hydra_scale.bench.scaling_result import LACKS_MEMORY, Compared, Result, Results, compared, prediction, result_of
 from hydra_scale.bench.table import Row, on_this_machine
+from hydra_scale.config_file import load_config
 from hydra_scale.errors import ConfigError
 from hydra_scale.meeting import versions
 
@@ -54,7 +55,8 @@ class Host:
 
     def origin(self, trial: Trial) -> dict[str, str]:
         """Where a result of today comes from."""
-        return self.columns | {"dtype": trial.resolved.training.precision, "code": self.code}
+        precision = load_config(trial.config, trial.settings).training.precision
+        return self.columns | {"dtype": precision, "code": self.code}
 
     def refusal(self, trial: Trial) -> str | None:
         """Why a trial is not started here, if it is not."""
@@ -74,7 +76,7 @@ class Host:
 
 def usual_counts(host: Host) -> list[int]:
     """Powers of two up to the GPUs that are here; two processes at least."""
-    return [count for count in (2, 4, LARGEST) if count <= max(2, host.gpus)]
+    return [count for count in COUNTS if count <= max(2, host.gpus)]
 
 
 def usual_sections(host: Host) -> Sequence[str]:
@@ -93,22 +95,31 @@ def run(
     """
     began, new = time.monotonic(), set[str]()
     for trial in trials:
-        refusal = host.refusal(trial)
-        if refusal is not None:
-            yield [_row(Compared(trial, Result("", {}, refusal)))]
-            continue
         origin = host.origin(trial)
         known = results.of(trial, origin)
         if known is None or (known.key not in new and (again or not known.is_final)):
-            if seconds is not None and time.monotonic() - began > seconds:
-                yield [_row(Compared(trial, Result("", origin, "missing: no time was left; give the same command")))]
-                continue
-            known = measured(trial, origin)
-            results.add(known)
-            new.add(known.key)
-        found = compared(trial, results, origin)
-        assert found is not None
-        yield [_row(found)]
+            refusal = host.refusal(trial)
+            if refusal is not None:
+                known = _refused(trial, refusal, known, results, origin)
+            elif seconds is not None and time.monotonic() - began > seconds:
+                known = Result("", origin, "missing: no time was left; the same command goes on")
+            else:
+                known = measured(trial, origin)
+                results.add(known)
+                new.add(known.key)
+        alone = None if trial.alone is None else results.of(trial.alone, origin)
+        yield [_row(Compared(trial, known, alone))]
+
+
+def _refused(trial: Trial, refusal: str, known: Result | None, results: Results, origin: Mapping[str, str]) -> Result:
+    """Kept as well, for pages that are written elsewhere, unless the file has something of the trial."""
+    try:
+        found = result_of(trial, origin, refusal)
+    except ConfigError:
+        return Result("", origin, refusal)
+    if known is None:
+        results.add(found)
+    return known or found
 
 
 def shown(trials: Sequence[Trial], results: Results) -> Iterator[list[Row]]:

@@ -16,8 +16,8 @@ from hydra_scale.topology import check_layout
 
 SECTIONS = ("data", "context", "model", "mixed", "long")
 LONG = (1_048_576, 4_194_304)
-LARGEST = 8
-"""Processes of the largest layouts there are."""
+COUNTS = (2, 4, 8)
+"""Processes, as the goals have them; at most those of a host."""
 NUM_WARM_UP = 3
 EXCHANGES = ("gather", "neighbour", "heads")
 ONE = "one process"

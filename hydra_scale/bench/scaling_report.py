@@ -1,5 +1,6 @@
 """The page of `hydra-scale bench scaling --report`: tables, goals, plots, and what was not measured."""
 
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -10,11 +11,12 @@ from hydra_scale.bench.scaling_goals import (
     misses_equality,
     verdicts,
 )
-from hydra_scale.bench.scaling_plan import LARGEST, SECTIONS, Trial
+from hydra_scale.bench.scaling_plan import COUNTS, SECTIONS, Trial
 from hydra_scale.bench.scaling_plots import draw
 from hydra_scale.bench.scaling_result import Compared, Results, compared
 from hydra_scale.errors import EnvironmentFault
 
+_WIDTH = 120
 _TITLES = {
     "data": "Data parallel, ZeRO 1, 2, 3",
     "context": "Context parallel, one document over all ranks",
@@ -33,7 +35,12 @@ _REMARKS = {
     " beside them has as many tokens as a rank.",
     "layout": "As given by `--layout`.",
 }
-_WANTED = (2, 4, LARGEST)
+_REMARK = (
+    "Random documents, whole optimizer steps, medians; the time of a step is that of its slowest rank. Efficiency is"
+    " tokens/s over those of one process times their number. Peak memory is that of PyTorch's allocator, the fullest"
+    " rank's. `plan` is what `hydra-scale plan` computes for the very layout, not fitted to these runs, and only for"
+    " GPUs; off is how far it lies above (+) or below. **Bold** misses its goal."
+)
 
 
 def write_page(
@@ -55,7 +62,7 @@ def write_page(
         EnvironmentFault: a file cannot be written.
     """
     path = place if place.suffix == ".md" else place / "scaling.md"
-    looked_up = [(trial, _known(trial, results, origin, refusal)) for trial in trials]
+    looked_up = [(trial, compared(trial, results, origin and origin(trial))) for trial in trials]
     measured = [each for _, each in looked_up if each is not None and each.result.found is not None]
     missing = [(trial, _reason(trial, each, refusal)) for trial, each in looked_up if each not in measured]
     try:
@@ -77,33 +84,20 @@ def page(
     """Markdown. `missing` has trials and why there is nothing of them; `remark` says why there is no plot."""
     parts = [
         "# Scaling",
-        "Several processes of one host, one a device, beside as many times one. Written by\n\n"
-        f"```\n{command}\n```\n\n{_origins(measured)}",
-        "Random documents, whole optimizer steps, medians; the time of a step is that of its slowest rank. Efficiency"
-        " is tokens/s over those of one process times their number. `plan` is what `hydra-scale plan` computes for the"
-        " very layout, not fitted to these runs. Peak memory is that of PyTorch's allocator, the fullest rank's."
-        " **Bold** misses its goal.",
+        "Several processes of one host, one a device, beside as many times one. Written by",
+        f"```\n{command}\n```",
+        _origins(measured),
+        _wrapped(_REMARK),
         _goals(measured),
         *(f"![{picture.stem}]({picture.name})" for picture in pictures),
-        remark,
+        _wrapped(remark),
     ]
     for section in (*SECTIONS, "layout"):
         here = [each for each in measured if each.trial.section == section]
         if here:
-            parts += [f"## {_TITLES[section]}", _REMARKS[section], _table_of(section, here)]
+            parts += [f"## {_TITLES[section]}", _wrapped(_REMARKS[section]), _table_of(section, here)]
     parts += [_time(measured), _missing(measured, missing)]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _known(
-    trial: Trial,
-    results: Results,
-    origin: Callable[[Trial], Mapping[str, str]] | None,
-    refusal: Callable[[Trial], str | None],
-) -> Compared | None:
-    if origin is None:
-        return compared(trial, results, None)
-    return None if refusal(trial) else compared(trial, results, origin(trial))
 
 
 def _reason(trial: Trial, each: Compared | None, refusal: Callable[[Trial], str | None]) -> str:
@@ -183,10 +177,11 @@ def _time(measured: Sequence[Compared]) -> str:
         rows.append([*where, f"{each.trial.seqlen:,}", f"{split['step']:,.4g}", *shares])
     headings = ["configuration", "section", "layout", "processes", "document", "ms", "products", "scans", "other",
                 "collectives", "of them hidden", "idle"]  # fmt: skip
-    remark = (
+    remark = _wrapped(
         "Main rank, two steps under torch.profiler after those that were timed; parts of a step. Products are matrix"
         " products, scans the kernels of the scan, collectives all communication, waiting for other ranks included, and"
-        " hidden what of it ran beside other kernels. On a CPU what is hidden is not known, and other is the rest."
+        " hidden what of it ran beside other kernels. On a CPU what is hidden is not known, other is the rest, and the"
+        " scan is of products and others."
     )
     return f"## Where the time goes\n\n{remark}\n\n{_table(headings, rows)}" if rows else ""
 
@@ -200,11 +195,15 @@ def _missing(measured: Sequence[Compared], missing: Sequence[tuple[Trial, str]])
     lines = [f"- {'; '.join(names)}: {reason}" for reason, names in reasons.items()]
     trials = [each.trial for each in measured] + [trial for trial, _ in missing]
     if not any(trial.section == "layout" for trial in trials):
-        counts = [str(n) for n in _WANTED if n not in {trial.processes for trial in trials}]
+        counts = [str(n) for n in COUNTS if n not in {trial.processes for trial in trials}]
         sections = [name for name in SECTIONS if name not in {trial.section for trial in trials}]
         lines += [f"- layouts of {' and '.join(counts)} processes: not asked for, or no such host"] if counts else []
         lines += [f"- {', '.join(sections)}: not asked for"] if sections else []
     return "## Not measured\n\n" + "\n".join(lines) if lines else ""
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _cell(value: float | None, form: str, misses: bool = False) -> str:

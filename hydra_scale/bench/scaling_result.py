@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -98,8 +99,10 @@ def result_of(trial: Trial, origin: Mapping[str, str], status: str, found: Mappi
 def _read(path: Path) -> Iterator[Result]:
     if not path.exists():
         return
-    whole, _, _cut_off = path.read_text(encoding="utf-8").rpartition("\n")  # the writer may have been killed
-    for number, line in enumerate(whole.splitlines(), 1):
+    whole, end, cut_off = path.read_bytes().rpartition(b"\n")
+    if cut_off:  # the writer was killed
+        os.truncate(path, len(whole + end))
+    for number, line in enumerate(whole.decode().splitlines(), 1):
         try:
             yield Result(**json.loads(line))
         except (ValueError, TypeError) as error:
