@@ -27,7 +27,7 @@ from hydra_scale.meeting import versions
 _TIMEOUT = 900  # seconds for one layout
 _LAST_LINES = 300  # characters of a failure that are shown
 _DOUBT = 1.1
-"""A long sequence is tried unless its predicted peak is above the memory of a GPU by more than this."""
+"""A layout that nobody asked for by name is tried unless its predicted peak is so many times the memory of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Host:
             return f"missing: {error}"
         if self.gpus and trial.processes > self.gpus:
             return f"missing: {trial.processes} processes need as many GPUs, this host has {self.gpus}"
-        if self.gpus and trial.is_long and expected * 2**30 > _DOUBT * self.gpu_memory:
+        if self.gpus and trial.section != "layout" and expected * 2**30 > _DOUBT * self.gpu_memory:
             return (
                 f"missing: not tried, for `hydra-scale plan` predicts a peak of {expected:.0f} GiB and a GPU has"
                 f" {self.gpu_memory / 2**30:.0f}"

@@ -27,7 +27,8 @@ _TITLES = {
 }
 _REMARKS = {
     "data": "Every process has as many tokens as one alone.",
-    "context": "`gather` and `neighbour` exchange states, `heads` is the all-to-all of tokens (parallelism.md).",
+    "context": "`gather` and `neighbour` exchange states, `heads` is the all-to-all of tokens, which stands"
+    " beside them without a goal ([parallelism.md](parallelism.md)).",
     "model": "Two stages of a pipeline wait a ninth of a step, since each has four micro batches.",
     "mixed": "The same documents, in micro batches of one, divided over the layout or taken one after the other by one"
     " process; differences are relative, of the first step. Tensor ranks divide the sequence as well.",
@@ -118,7 +119,7 @@ def _origins(measured: Sequence[Compared]) -> str:
 
 def _goals(measured: Sequence[Compared]) -> str:
     rows = [
-        [each.goal, each.where, each.found, "yes" if each.met == each.all else f"**{each.met} of {each.all}**"]
+        [each.goal, each.where, each.found, "yes" if each.met == each.judged else f"**{each.met} of {each.judged}**"]
         for each in verdicts(measured)
     ]
     return f"## Goals\n\n{_table(['goal', 'where', 'found', 'met'], rows)}" if rows else ""
@@ -166,10 +167,11 @@ def _equality(each: Compared) -> list[str]:
 
 def _time(measured: Sequence[Compared]) -> str:
     """Parts of a step by what the device did."""
-    rows = []
+    rows, failed = [], []
     for each in measured:
         split = each.result.found and each.result.found["split"]
         if not split:
+            failed.append(f"{each.trial.config.stem} {each.trial.section}, {each.trial.name}")
             continue
         parts = [split[name] for name in ("products", "scans", "other", "collectives", "hidden", "idle")]
         shares = ["" if part is None else f"{part / split['step']:.1%}" for part in parts]
@@ -183,7 +185,9 @@ def _time(measured: Sequence[Compared]) -> str:
         " hidden what of it ran beside other kernels. On a CPU what is hidden is not known, other is the rest, and the"
         " scan is of products and others."
     )
-    return f"## Where the time goes\n\n{remark}\n\n{_table(headings, rows)}" if rows else ""
+    if failed:
+        remark += "\n\n" + _wrapped(f"Not known, since these steps failed: {'; '.join(failed)}.")
+    return f"## Where the time goes\n\n{remark}\n\n{_table(headings, rows)}" if measured else ""
 
 
 def _missing(measured: Sequence[Compared], missing: Sequence[tuple[Trial, str]]) -> str:
