@@ -162,7 +162,8 @@ def _environment(trial: Trial) -> dict[str, str]:
 def _failure(done: "subprocess.CompletedProcess[str]") -> str:
     if LACKS_MEMORY in done.stderr:
         return f"{LACKS_MEMORY} in a process"
-    reasons = [line for line in done.stderr.splitlines() if "Error" in line or "Fault" in line]
+    lines = [line for line in done.stderr.splitlines() if "Error" in line or "Fault" in line]
+    reasons = [line for line in lines if "ChildFailedError" not in line] or lines  # that is torchrun's
     return " ".join(reasons[-1:] or done.stderr.split())[-_LAST_LINES:]
 
 

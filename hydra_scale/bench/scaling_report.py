@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from itertools import compress
 from pathlib import Path
 
 from hydra_scale.bench.scaling_goals import (
@@ -191,12 +192,12 @@ def _time(measured: Sequence[Compared]) -> str:
 
 
 def _missing(measured: Sequence[Compared], missing: Sequence[tuple[Trial, str]]) -> str:
-    """By reason, since one reason often concerns many."""
-    reasons: dict[str, list[str]] = {}
+    """One line for all of a configuration and section that have the same reason."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
     for trial, reason in missing:
-        size = f" of {trial.seqlen:,}" if trial.is_long else ""
-        reasons.setdefault(reason, []).append(f"{trial.config.stem} {trial.section}, {trial.name}{size}")
-    lines = [f"- {'; '.join(names)}: {reason}" for reason, names in reasons.items()]
+        size = f" of {trial.seqlen:,}" if trial.is_long and trial.alone else ""
+        reasons.setdefault((reason, trial.config.stem, trial.section), []).append(trial.name + size)
+    lines = [f"- {config}, {section}: {'; '.join(names)}: {why}" for (why, config, section), names in reasons.items()]
     trials = [each.trial for each in measured] + [trial for trial, _ in missing]
     if not any(trial.section == "layout" for trial in trials):
         counts = [str(n) for n in COUNTS if n not in {trial.processes for trial in trials}]
@@ -217,5 +218,7 @@ def _cell(value: float | None, form: str, misses: bool = False) -> str:
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headings, ["---"] * len(headings), *rows]
+    """Without the columns that no row fills."""
+    filled = [any(row[place] for row in rows) for place in range(len(headings))]
+    lines = [list(compress(line, filled)) for line in (headings, ["---"] * len(headings), *rows)]
     return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

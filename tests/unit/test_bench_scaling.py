@@ -241,7 +241,8 @@ def test_the_page_says_what_met_its_goal_and_what_was_not_measured(tmp_path: Pat
     assert "| 10.71 | **2.0e-02** | 2.5 | 0.0e+00 |" in context
     missing = page[page.index("## Not measured") :]
     assert (
-        "8 processes need as many GPUs, this host has 2" in missing and "hydra-large data, data 8, ZeRO 1;" in missing
+        "8 processes need as many GPUs, this host has 2" in missing
+        and "- hydra-large, data: data 8, ZeRO 1; data 8, ZeRO 2;" in missing
     )
     assert "context 2, gather of 4,194,304" in missing and "predicts a peak of" in missing
     assert "layouts of 4 processes: not asked for" in missing and "- context, model: not asked for" in missing
@@ -255,7 +256,7 @@ def test_a_page_of_nothing_says_so(tmp_path: Path) -> None:
     chosen = trials(wanted(sections=["data"], processes=[2]))
     write_page(tmp_path / "page.md", "c", chosen, Results(tmp_path / "none"), None, lambda trial: None)
     page = (tmp_path / "page.md").read_text()
-    assert "Nothing has been measured." in page and "hydra-large data, data 2, ZeRO 3: not yet" in page
+    assert "Nothing has been measured." in page and "data 2, ZeRO 2; data 2, ZeRO 3: not yet" in page
     assert not list(tmp_path.glob("*.svg"))
 
 
