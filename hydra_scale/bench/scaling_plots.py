@@ -92,7 +92,8 @@ def _draw_speed(axes: Any, found: Sequence[Compared]) -> None:
         if expected:
             axes.plot(*zip(*expected, strict=True), color=drawn.get_color(), marker=marker, fillstyle="none",
                       linestyle="--", linewidth=1)  # fmt: skip
-    axes.plot([], [], color="gray", linestyle="--", label="predicted")
+    if any(each.predicted for each in found):
+        axes.plot([], [], color="gray", linestyle="--", label="predicted")
     axes.set(ylabel="tokens/s", yscale="log")
 
 

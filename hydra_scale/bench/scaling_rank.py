@@ -17,9 +17,6 @@ from hydra_scale.config_file import load_config
 from hydra_scale.data.loader import Batch
 from hydra_scale.topology import Topology, joined
 
-_PROFILED = 2
-"""Steps under the profiler, after those that are timed."""
-
 
 def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
     """Tell `report` on the main rank: milliseconds of each timed step, the slowest rank's, and what the first step
@@ -28,6 +25,7 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> No
     with joined(config.parallel) as topology:
         instrument, device = instrument_for(topology.accelerator.device), topology.accelerator.device
         settings = for_documents(config, job["seqlen"], job["documents"], job["micro_batches"] * topology.batch_size)
+        profiled = 2 if job["micro_batches"] == 1 else 1  # steps; a trace of many micro batches is long
         vocab_size = config.model.vocab_size or BERT_VOCAB_SIZE
         with optimizer_steps(settings, vocab_size, topology, _batches(job, vocab_size, topology)) as step:
             first = step()
@@ -46,10 +44,10 @@ def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> No
                 "split": None,
             }
             if not topology.is_main:
-                interleave([step], _PROFILED, instrument)
+                interleave([step], profiled, instrument)
                 return
             report(found)
-            found["split"] = asdict(split_of(*recorded(step, _PROFILED, device, instrument), device))
+            found["split"] = asdict(split_of(*recorded(step, profiled, device, instrument), device))
             report(found)
 
 

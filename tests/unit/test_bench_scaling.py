@@ -102,7 +102,9 @@ def test_documents_do_not_depend_on_how_they_are_divided() -> None:
 def test_a_host_refuses_what_does_not_fit_and_says_why() -> None:
     chosen = {(t.section, t.processes, t.kind, t.seqlen): t for t in trials(wanted())}
     assert TWO_GPUS.refusal(chosen["data", 2, "ZeRO 1", 2048]) is None
-    assert "8 processes need as many GPUs, this host has 2" in str(TWO_GPUS.refusal(chosen["data", 8, "ZeRO 1", 2048]))
+    for count in (4, 8):
+        reason = str(TWO_GPUS.refusal(chosen["data", count, "ZeRO 1", 2048]))
+        assert f"{count} processes need as many GPUs, this host has 2" in reason
     assert TWO_GPUS.refusal(chosen["long", 2, "gather", 2**20]) is None  # trained on two H100 of 80 GB
     assert "predicts a peak of" in str(TWO_GPUS.refusal(chosen["long", 2, "gather", 2**22]))
     stages = trials(wanted(configs=[TINY], sections=["model"], processes=[8]))
@@ -291,7 +293,7 @@ def test_time_of_a_step_is_divided_into_what_ran() -> None:
     host = SimpleNamespace(name="cudaLaunchKernel", time_range=None, device_type=DeviceType.CPU)
     events = [
         event("gemm", 0, 4), event("sweep_kernel", 4, 6), event("ncclDevKernel_AllGather", 5, 9),
-        event("nccl:all_gather", 5, 9, is_mark=True), event("_conv_kernel", 12, 13), host,
+        event("nccl:all_gather", 5, 11, is_mark=True), event("_conv_kernel", 12, 13), host,
     ]  # fmt: skip
     trace: Any = SimpleNamespace(events=lambda: events)
     split = split_of(trace, [10.0, 10.0], torch.device("cuda"))
