@@ -183,8 +183,8 @@ def _time(measured: Sequence[Compared]) -> str:
     remark = _wrapped(
         "Main rank, two steps, or one of several micro batches, under torch.profiler after those that were timed; parts"
         " of a step. Products are matrix products, scans the kernels of the scan, collectives all communication,"
-        " waiting for other ranks included, and hidden what of it ran beside other kernels. On a CPU what is hidden is not"
-        " known, other is the rest, and the scan is of products and others."
+        " waiting for other ranks included, and hidden what of it ran beside other kernels. On a CPU what is hidden is"
+        " not known, other is the rest, and the scan is of products and others."
     )
     if failed:
         remark += "\n\n" + _wrapped(f"Not known, since these steps failed: {'; '.join(failed)}.")
