@@ -116,6 +116,11 @@ def choose_accelerator(local_rank: int) -> Accelerator:
     return Accelerator(device, "nccl", torch.cuda.get_device_name(device))
 
 
+def gpus_here() -> int:
+    """Of this host, that this process may use."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
 def import_deepspeed() -> ModuleType:
     """DeepSpeed, told what device it runs on, without its compiled extensions and without its chatter."""
     if not torch.cuda.is_available():

@@ -1,5 +1,6 @@
 """The sub-commands of `hydra-scale bench`. Imports happen when they run."""
 
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -138,36 +139,69 @@ def training(
 
 @bench.command()
 def scaling(
-    config: Annotated[Path, typer.Option(help="YAML configuration; configs/ has some.")],
-    processes: Annotated[int, typer.Option(min=2, help="Processes of this host, one a GPU.")] = 2,
+    config: Annotated[list[Path], typer.Option(help="YAML configuration; configs/ has some; repeatable.")],
+    processes: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Processes of this host, one a GPU; repeatable.  [2, 4, ... all GPUs; on a CPU 2]"),
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Sections: data,context,model,mixed,long  [all but long on a CPU]")
+    ] = None,
     layout: Annotated[
         list[str] | None,
-        typer.Option(help="Settings of a layout, 'parallel.context=2 zero.stage=1'; repeatable.  [each way alone]"),
+        typer.Option(help="Settings of a layout, 'parallel.context=2 zero.stage=1', in place of sections; repeatable."),
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step for each process.")] = 16384,
     seqlen: Annotated[
-        int, typer.Option(min=1, help="Tokens of a document, but under context parallelism: that has one document.")
+        int, typer.Option(min=1, help="Tokens of a document, but where ranks share one: context, mixed, long.")
     ] = 2048,
+    long: Annotated[
+        list[int] | None, typer.Option(min=2, help="Tokens of a long sequence; repeatable.  [1048576, 4194304]")
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps that are timed, after three that are not.")] = 10,
-    compare: Annotated[bool, typer.Option(help="Run one process alone first.")] = True,
+    compare: Annotated[bool, typer.Option(help="Also run one process alone.")] = True,
+    measure: Annotated[
+        bool, typer.Option(help="Or only show what the file has, of any device and version, newest first.")
+    ] = True,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what the file has of this device.")] = False,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="After them nothing is begun; the same command goes on.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Page in Markdown, or a folder for scaling.md, with plots beside it.")
+    ] = None,
     output: Output = Path("bench"),
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Settings over the file's.")
     ] = None,
 ) -> None:
-    """Training steps on several devices of this host, in each layout, beside as many times one device."""
-    from hydra_scale.accelerator import choose_accelerator
-    from hydra_scale.bench.scaling import Layout, Plan, layouts, run
-    from hydra_scale.bench.table import on_this_machine
-    from hydra_scale.config_file import load_config
+    """Training steps on several devices of this host, in each layout, beside as many times one device, and beside what
+    `hydra-scale plan` predicts.
 
-    chosen = [Layout(text, tuple(text.split()), "parallel.context" in text) for text in layout or ()]
-    for each in chosen or layouts(processes):
-        settings = load_config(config, [*(overrides or []), *each.settings])  # a mistake is told before the first start
-    accelerator = choose_accelerator(0)
-    origin = on_this_machine(accelerator.device, accelerator.name, settings.training.precision)
-    plan = Plan(config, overrides or [], processes, chosen or layouts(processes), tokens, seqlen, steps, compare)
-    _collect(run(plan), output / "scaling.csv", origin)
+    What OUTPUT/scaling.jsonl has of the same device, code and settings is not measured again, so the same command goes
+    on where it was cut off.
+    """
+    from hydra_scale.accelerator import choose_accelerator
+    from hydra_scale.bench.scaling import Host, run, shown, usual_counts, usual_sections
+    from hydra_scale.bench.scaling_plan import COUNTS, LONG, SECTIONS, Wanted, trials
+    from hydra_scale.bench.scaling_report import write_page
+    from hydra_scale.bench.scaling_result import Results
+
+    host, results = Host.here(choose_accelerator(0)), Results(output / "scaling.jsonl")
+    counts = processes or (usual_counts(host) if measure else COUNTS)
+    sections = _names("--only", only, SECTIONS, usual_sections(host) if measure else SECTIONS)
+    wanted = Wanted(
+        config, overrides or [], counts, sections, layout or [], tokens, seqlen, long or LONG, steps, compare
+    )
+    chosen = trials(wanted)
+    for trial in chosen if layout else ():
+        _ = trial.resolved  # a mistake of the user is told before the first start
+    rows = run(chosen, results, host, again, None if minutes is None else 60 * minutes)
+    _collect(rows if measure else shown(chosen, results), output / "scaling.csv", host.columns, draws=False)
+    if report is not None:
+        origin = host.origin if measure else None
+        for path in write_page(report, _command(), chosen, results, origin, host.refusal):
+            typer.echo(f"written    {path}")
 
 
 @bench.command()
@@ -299,14 +333,19 @@ def _names(option: str, value: str | None, choices: Sequence[str], default: Sequ
     return names
 
 
-def _collect(groups: Iterator[list["Row"]], path: Path, origin: dict[str, Any]) -> None:
+def _command() -> str:
+    """The one that the user gave, for a page that says where its numbers come from."""
+    return shlex.join(["hydra-scale", *sys.argv[1:]])
+
+
+def _collect(groups: Iterator[list["Row"]], path: Path, origin: dict[str, Any], draws: bool = True) -> None:
     """Print and keep each group as it is measured, so that a run that is cut off leaves what it has; then plot."""
     from rich.console import Console
 
     from hydra_scale.bench.plot import plot
     from hydra_scale.bench.table import print_table, write_csv
 
-    console, rows = Console(width=None if sys.stdout.isatty() else 140), list["Row"]()
+    console, rows = Console(width=None if sys.stdout.isatty() else 180), list["Row"]()
     console.print("  ".join(f"{key} {value}" for key, value in origin.items()))
     for group in groups:
         group = [replace(row, **origin) for row in group]
@@ -314,4 +353,5 @@ def _collect(groups: Iterator[list["Row"]], path: Path, origin: dict[str, Any]) 
         write_csv(rows, path)
         print_table(group, console)
     typer.echo(f"written    {path}")
-    typer.echo(plot(rows, path.with_suffix(".svg")))
+    if draws:
+        typer.echo(plot(rows, path.with_suffix(".svg")))

@@ -5,12 +5,12 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from hydra_kernels import HydraMixer
 from hydra_scale.bench.instrument import Instrument, Timing, instrument_for, interleave
 from hydra_scale.bench.kernels import Inputs
 from hydra_scale.bench.table import Row
+from hydra_scale.bench.trace import recorded
 from hydra_scale.bench.training import BERT_VOCAB_SIZE, for_batch, our_step, random_batch
 from hydra_scale.bench.workload import BOTH
 from hydra_scale.config import Config
@@ -51,14 +51,10 @@ def profile_runs(what: str, run: Callable[[], object], device: torch.device, ins
     (times,) = interleave([run], _NUM_RUNS, instrument)
     whole = Row(what, "one run, by the clock")
     whole.took(Timing.of(times))
+    trace, _ = recorded(run, _NUM_RUNS, device, instrument)
     on_gpu = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as recorded:
-        for _ in range(_NUM_RUNS):
-            run()
-        if on_gpu:
-            torch.cuda.synchronize()
-    spent = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in recorded.key_averages()}
-    calls = {e.key: e.count for e in recorded.key_averages()}
+    spent = {e.key: (e.self_device_time_total if on_gpu else e.self_cpu_time_total) for e in trace.key_averages()}
+    calls = {e.key: e.count for e in trace.key_averages()}
     kernels = [
         Row(what, key[:_NAME_WIDTH], calls=round(calls[key] / _NUM_RUNS), milliseconds=microseconds / 1e3 / _NUM_RUNS)
         for key, microseconds in sorted(spent.items(), key=lambda item: -item[1])

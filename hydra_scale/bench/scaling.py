@@ -1,7 +1,7 @@
 """`hydra-scale bench scaling`: training steps on several devices of one host beside as many times one device.
 
-Each layout runs in processes of its own, started as users start them, so that nothing of one is left to the next. Every
-process holds the same number of tokens in all layouts; one process alone is what the others are compared with.
+Each trial (`hydra_scale.bench.scaling_plan`) runs in processes of its own, started as users start them, so that nothing
+of one is left to the next. Results go to a file as they come; what is there is not measured again.
 """
 
 import json
@@ -9,107 +9,178 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from hydra_scale.bench.instrument import Timing
-from hydra_scale.bench.table import Row
+import torch
 
-NUM_WARM_UP = 3
+from hydra_scale.accelerator import Accelerator, gpus_here
+from hydra_scale.bench.scaling_plan import COUNTS, SECTIONS, Trial
+from hydra_scale.bench.scaling_result import LACKS_MEMORY, Compared, Result, Results, compared, prediction, result_of
+from hydra_scale.bench.table import Row, on_this_machine
+from hydra_scale.config_file import load_config
+from hydra_scale.errors import ConfigError
+from hydra_scale.meeting import versions
+
 _TIMEOUT = 900  # seconds for one layout
 _LAST_LINES = 300  # characters of a failure that are shown
+_DOUBT = 1.1
+"""A layout that nobody asked for by name is tried unless its predicted peak is so many times the memory of a GPU."""
 
 
 @dataclass(frozen=True)
-class Layout:
-    """What runs on some processes."""
+class Host:
+    """What trials run on."""
 
+    device: torch.device
     name: str
-    settings: tuple[str, ...] = ()
-    """`section.key=value`, over the configuration's."""
-    is_one_document: bool = False
-    """A step is one document over all processes that share a micro batch; else documents of the given length."""
+    gpus: int
+    """0: trials run on the CPU, in any number of processes."""
+    gpu_memory: int
+    """Bytes of one."""
+    code: str
+    """Hash of the sources."""
+
+    @classmethod
+    def here(cls, accelerator: Accelerator) -> "Host":
+        """This one."""
+        return cls(accelerator.device, accelerator.name, gpus_here(), accelerator.total_memory(), versions()["code"])
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """Of a row, that say where it comes from."""
+        return {key: text for key, text in on_this_machine(self.device, self.name, "").items() if key != "dtype"}
+
+    def origin(self, trial: Trial) -> dict[str, str]:
+        """Where a result of today comes from."""
+        precision = load_config(trial.config, trial.settings).training.precision
+        return self.columns | {"dtype": precision, "code": self.code}
+
+    def refusal(self, trial: Trial) -> str | None:
+        """Why a trial is not started here, if it is not."""
+        try:
+            expected = prediction(trial).peak_gib
+        except ConfigError as error:
+            return f"missing: {error}"
+        if self.gpus and trial.processes > self.gpus:
+            return f"missing: {trial.processes} processes need as many GPUs, this host has {self.gpus}"
+        if self.gpus and trial.section != "layout" and expected * 2**30 > _DOUBT * self.gpu_memory:
+            return (
+                f"missing: not tried, for `hydra-scale plan` predicts a peak of {expected:.0f} GiB and a GPU has"
+                f" {self.gpu_memory / 2**30:.0f}"
+            )
+        return None
 
 
-ONE, ONE_LONG = Layout("one process"), Layout("one process, one document", (), True)
+def usual_counts(host: Host) -> list[int]:
+    """Powers of two up to the GPUs that are here; two processes at least."""
+    return [count for count in COUNTS if count <= max(2, host.gpus)]
 
 
-def layouts(num_processes: int) -> list[Layout]:
-    """Those that use all processes in one way."""
-    context = f"parallel.context={num_processes}"
-    tensor = f"parallel.tensor={num_processes}"
-    found = [Layout(f"data {num_processes}, ZeRO {stage}", (f"zero.stage={stage}",)) for stage in (1, 2, 3)]
-    for exchange in ("gather", "neighbour", "heads"):
-        name = f"context {num_processes}, {exchange}"
-        found.append(Layout(name, (context, f"parallel.exchange={exchange}"), True))
-    found.append(Layout(f"pipeline {num_processes}", (f"parallel.pipeline={num_processes}",)))
-    found.append(Layout(f"tensor {num_processes}", (tensor,)))
-    found.append(Layout(f"tensor {num_processes}, sequence", (tensor, "parallel.sequence=true")))
-    return found
+def usual_sections(host: Host) -> Sequence[str]:
+    """On a CPU all but the long sequences, which take hours there."""
+    return [name for name in SECTIONS if host.gpus or name != "long"]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is measured."""
+def run(
+    trials: Sequence[Trial], results: Results, host: Host, again: bool = False, seconds: float | None = None
+) -> Iterator[list[Row]]:
+    """One row a trial, measured now unless `results` has it of this device and code.
 
-    config: Path
-    overrides: Sequence[str]
-    num_processes: int
-    layouts: Sequence[Layout]
-    tokens: int
-    """Tokens of a step for each process."""
-    seqlen: int
-    num_steps: int
-    """Steps that are timed."""
-    is_compared: bool = True
-    """Whether one process runs first."""
-
-
-def run(plan: Plan) -> Iterator[list[Row]]:
-    """One row a layout; the ones of one process come first."""
-    alone: dict[bool, float] = {}
-    for first in (ONE, ONE_LONG) if plan.is_compared else ():
-        if any(layout.is_one_document == first.is_one_document for layout in plan.layouts):
-            row = _measure(plan, first, 1)
-            alone[first.is_one_document] = row.tokens_per_second or 0.0
-            yield [row]
-    for layout in plan.layouts:
-        row = _measure(plan, layout, plan.num_processes)
-        if row.tokens_per_second and (one := alone.get(layout.is_one_document)):
-            row.efficiency = row.tokens_per_second / (plan.num_processes * one)
-        yield [row]
+    Args:
+        again: measure also what is there.
+        seconds: after them no trial is begun any more.
+    """
+    began, new = time.monotonic(), set[str]()
+    for trial in trials:
+        origin = host.origin(trial)
+        known = results.of(trial, origin)
+        if known is None or (known.key not in new and (again or not known.is_final)):
+            refusal = host.refusal(trial)
+            if refusal is not None:
+                known = _refused(trial, refusal, known, results, origin)
+            elif seconds is not None and time.monotonic() - began > seconds:
+                known = Result("", origin, "missing: no time was left; the same command goes on")
+            else:
+                known = measured(trial, origin)
+                results.add(known)
+                new.add(known.key)
+        alone = None if trial.alone is None else results.of(trial.alone, origin)
+        yield [_row(Compared(trial, known, alone))]
 
 
-def _measure(plan: Plan, layout: Layout, num_processes: int) -> Row:
-    row = Row("scaling", layout.name, direction="step", processes=num_processes)
+def _refused(trial: Trial, refusal: str, known: Result | None, results: Results, origin: Mapping[str, str]) -> Result:
+    """Kept as well, for pages that are written elsewhere, unless the file has something of the trial."""
+    try:
+        found = result_of(trial, origin, refusal)
+    except ConfigError:
+        return Result("", origin, refusal)
+    if known is None:
+        results.add(found)
+    return known or found
+
+
+def shown(trials: Sequence[Trial], results: Results) -> Iterator[list[Row]]:
+    """The rows of `run` from the newest results of any origin, measuring nothing."""
+    for trial in trials:
+        nothing = Compared(trial, Result("", {}, "missing: not measured"))
+        yield [_row(compared(trial, results, None) or nothing)]
+
+
+def measured(trial: Trial, origin: Mapping[str, str]) -> Result:
+    """Start the processes of a trial and wait for what they find."""
     with tempfile.TemporaryDirectory() as folder:
-        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
-        values = {"config": str(plan.config.resolve()), "overrides": [*plan.overrides, *layout.settings]}
-        sizes = {"tokens": plan.tokens, "seqlen": None if layout.is_one_document else plan.seqlen}
-        job.write_text(json.dumps(values | sizes | {"num_steps": plan.num_steps}))
-        program = ["-m", "hydra_scale.bench.scaling_rank", str(job), str(result)]
-        if num_processes > 1:
-            program = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_processes}", *program]
-        environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+        job, found = Path(folder) / "job.json", Path(folder) / "result.json"
+        values = {"config": str(trial.config.resolve()), "settings": trial.settings}
+        sizes = {name: getattr(trial, name) for name in ("seqlen", "documents", "micro_batches", "steps", "warm_up")}
+        job.write_text(json.dumps(values | sizes))
+        program = ["-m", "hydra_scale.bench.scaling_rank", str(job), str(found)]
+        if trial.processes > 1:
+            count = f"--nproc-per-node={trial.processes}"
+            program = ["-m", "torch.distributed.run", "--standalone", count, *program]
         try:
             done = subprocess.run(
-                [sys.executable, *program], capture_output=True, text=True, timeout=_TIMEOUT, env=environment
+                [sys.executable, *program], capture_output=True, text=True, timeout=_TIMEOUT, env=_environment(trial)
             )
+            failure = _failure(done) if done.returncode else "no result"
         except subprocess.TimeoutExpired:
-            row.status = f"failed: not done after {_TIMEOUT} s"
-            return row
-        if done.returncode or not result.exists():
-            reasons = [line for line in done.stderr.splitlines() if "Error" in line or "Fault" in line]
-            row.status = f"failed: {' '.join(reasons[-1:] or done.stderr.split())[-_LAST_LINES:]}"
-            return row
-        return _filled(row, json.loads(result.read_text()))
+            failure = f"not done after {_TIMEOUT} s"
+        if found.exists():  # it is there before the profiler starts, which may fail without harm
+            return result_of(trial, origin, "ok", json.loads(found.read_text()))
+        return result_of(trial, origin, f"failed: {failure}")
 
 
-def _filled(row: Row, found: dict[str, Any]) -> Row:
-    row.d_model, row.seqlen, row.tokens = found["d_model"], found["seqlen"], found["tokens"]
-    row.took(Timing.of(found["milliseconds"]))
-    row.tokens_per_second = 1e3 * found["tokens"] / (row.milliseconds or 1.0)
-    row.peak_gib, row.loss, row.grad_norm = found["peak_gib"], found["loss"], found["grad_norm"]
+def _environment(trial: Trial) -> dict[str, str]:
+    chosen = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    if trial.is_long:
+        chosen.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return chosen
+
+
+def _failure(done: "subprocess.CompletedProcess[str]") -> str:
+    if LACKS_MEMORY in done.stderr:
+        return f"{LACKS_MEMORY} in a process"
+    lines = [line for line in done.stderr.splitlines() if "Error" in line or "Fault" in line]
+    reasons = [line for line in lines if "ChildFailedError" not in line] or lines  # that is torchrun's
+    return " ".join(reasons[-1:] or done.stderr.split())[-_LAST_LINES:]
+
+
+def _row(found: Compared) -> Row:
+    trial, result = found.trial, found.result
+    row = Row(trial.section, trial.name, processes=trial.processes, status=result.status)
+    row.seqlen, row.dtype = trial.seqlen, result.origin.get("dtype", "")
+    if result.found is None or result.timing is None:
+        return row
+    row.d_model, row.tokens = result.found["d_model"], result.found["tokens"]
+    row.took(result.timing)
+    row.tokens_per_second, row.peak_gib = result.tokens_per_second, found.peak_gib
+    row.loss, row.grad_norm = result.found["loss"], result.found["grad_norm"]
+    row.difference, row.norm_difference = found.loss_difference, found.norm_difference
+    row.efficiency = found.efficiency
+    if predicted := found.predicted:
+        row.predicted_gib, row.predicted_tokens_per_second = predicted.peak_gib, predicted.tokens_per_second
+    for name, milliseconds in (result.found["split"] or {}).items():
+        setattr(row, f"{name}_ms", milliseconds)
     return row

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,53 +11,63 @@ import torch
 import torch.distributed as dist
 
 from hydra_scale.bench.instrument import instrument_for, interleave
-from hydra_scale.bench.scaling import NUM_WARM_UP
-from hydra_scale.bench.training import BERT_VOCAB_SIZE, for_batch, optimizer_steps, random_batch
+from hydra_scale.bench.trace import recorded, split_of
+from hydra_scale.bench.training import BERT_VOCAB_SIZE, for_documents, numbered_batch, optimizer_steps
 from hydra_scale.config_file import load_config
-from hydra_scale.topology import joined
-
-_MICRO_BATCHES_A_STAGE = 4
-"""Of a pipeline: at two stages a ninth of a step is its bubble, (p - 1) / (m + p - 1)."""
+from hydra_scale.data.loader import Batch
+from hydra_scale.topology import Topology, joined
 
 
-def measure(job: dict[str, Any]) -> dict[str, Any] | None:
-    """Milliseconds of each timed step, the slowest rank's, and what the first step gave; on the main rank only."""
-    config = load_config(Path(job["config"]), job["overrides"])
+def measure(job: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> None:
+    """Tell `report` on the main rank: milliseconds of each timed step, the slowest rank's, and what the first step
+    gave; then the same with where the time of a step goes."""
+    config = load_config(Path(job["config"]), job["settings"])
     with joined(config.parallel) as topology:
         instrument, device = instrument_for(topology.accelerator.device), topology.accelerator.device
-        ranks, stages = topology.world_size // topology.batch_size, topology.stage.size
-        num_batches = 1 if stages == 1 else _MICRO_BATCHES_A_STAGE * stages
-        tokens = job["tokens"] * ranks // num_batches  # of a micro batch, which those ranks share
-        seqlen = min(job["seqlen"] or tokens, tokens)
+        settings = for_documents(config, job["seqlen"], job["documents"], job["micro_batches"] * topology.batch_size)
+        profiled = 2 if job["micro_batches"] == 1 else 1  # steps; a trace of many micro batches is long
         vocab_size = config.model.vocab_size or BERT_VOCAB_SIZE
-        batch = random_batch(vocab_size, tokens // seqlen, seqlen, seed=topology.batch_rank)
-        settings, batches = for_batch(config, batch, topology.batch_size * num_batches), [batch] * num_batches
-        with optimizer_steps(settings, vocab_size, topology, batches) as step:
+        with optimizer_steps(settings, vocab_size, topology, _batches(job, vocab_size, topology)) as step:
             first = step()
-            interleave([step], NUM_WARM_UP - 1, instrument)
-            (times,) = interleave([step], job["num_steps"], instrument)
-        slowest = torch.tensor([*times, float(instrument.peak() or 0)], dtype=torch.float64, device=device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        if not topology.is_main:
-            return None
-    *milliseconds, peak = slowest.tolist()
-    return {
-        "d_model": config.model.d_model,
-        "seqlen": seqlen,
-        "tokens": (tokens // seqlen) * seqlen * num_batches * topology.batch_size,
-        "milliseconds": milliseconds,
-        "peak_gib": peak / 2**30 or None,
-        "loss": first.loss,
-        "grad_norm": first.grad_norm,
-    }
+            interleave([step], job["warm_up"] - 1, instrument)
+            (times,) = interleave([step], job["steps"], instrument)
+            slowest = torch.tensor([*times, float(instrument.peak() or 0)], dtype=torch.float64, device=device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            *milliseconds, peak = slowest.tolist()
+            found = {
+                "d_model": config.model.d_model,
+                "tokens": settings.training.global_batch_size * job["seqlen"],
+                "milliseconds": milliseconds,
+                "peak_gib": peak / 2**30 or None,
+                "loss": first.loss,
+                "grad_norm": first.grad_norm,
+                "split": None,
+            }
+            if not topology.is_main:
+                interleave([step], profiled, instrument)
+                return
+            report(found)
+            found["split"] = asdict(split_of(*recorded(step, profiled, device, instrument), device))
+            report(found)
+
+
+def _batches(job: dict[str, Any], vocab_size: int, topology: Topology) -> list[Batch]:
+    """This rank's micro batches of one global batch, which is the same in any layout."""
+    count, documents = job["micro_batches"], job["documents"]
+    first = topology.batch_rank * count
+    return [numbered_batch(vocab_size, (first + n) * documents, documents, job["seqlen"]) for n in range(count)]
 
 
 def main() -> None:
-    """Read the job, measure, write the result."""
+    """Read the job, measure, write the result, whole each time."""
     job, result = (Path(argument) for argument in sys.argv[1:])
-    found = measure(json.loads(job.read_text()))
-    if found is not None:
-        result.write_text(json.dumps(found))
+
+    def report(found: dict[str, Any]) -> None:
+        aside = result.with_suffix(".aside")
+        aside.write_text(json.dumps(found))
+        aside.replace(result)
+
+    measure(json.loads(job.read_text()), report)
 
 
 if __name__ == "__main__":

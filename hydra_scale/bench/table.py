@@ -14,7 +14,8 @@ from rich.table import Table
 
 from hydra_scale.bench.instrument import Timing
 
-_ONLY_IN_CSV = ("tokens", "p20", "p80", "status", "device", "torch", "triton", "dtype")
+_SPLIT = ("step_ms", "products_ms", "scans_ms", "other_ms", "collectives_ms", "hidden_ms", "idle_ms")
+_ONLY_IN_CSV = ("tokens", "p20", "p80", "status", "device", "torch", "triton", "dtype", *_SPLIT)
 _HEADINGS = {
     "d_model": "D",
     "seqlen": "L",
@@ -25,6 +26,9 @@ _HEADINGS = {
     "tflops": "TFLOP/s",
     "peak_share": "of peak",
     "gb_per_second": "GB/s",
+    "norm_difference": "of norm",
+    "predicted_gib": "plan GiB",
+    "predicted_tokens_per_second": "plan tokens/s",
     "size_ratio": "bytes/token bytes",
     "growth_mib": "growth MiB",
 }
@@ -69,6 +73,19 @@ class Row:
     difference: float | None = None
     """Relative RMS difference of the output, with the same weights and input, from the first row of its kind; in
     training relative difference of the first step's loss."""
+    norm_difference: float | None = None
+    """As `difference` in training, of the first step's gradient norm."""
+    predicted_gib: float | None = None
+    predicted_tokens_per_second: float | None = None
+    """By `hydra_scale.plan`."""
+    step_ms: float | None = None
+    products_ms: float | None = None
+    scans_ms: float | None = None
+    other_ms: float | None = None
+    collectives_ms: float | None = None
+    hidden_ms: float | None = None
+    idle_ms: float | None = None
+    """Of a step under the profiler (`hydra_scale.bench.trace.TimeSplit`)."""
     size_ratio: float | None = None
     """Bytes on disk over bytes of the tokens alone."""
     growth_mib: float | None = None

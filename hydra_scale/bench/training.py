@@ -137,15 +137,36 @@ def random_batch(vocab_size: int, num_sequences: int, seqlen: int, seed: int = _
     )
 
 
+def numbered_batch(vocab_size: int, first: int, num_sequences: int, seqlen: int) -> Batch:
+    """Documents `first` and the following ones of `random_batch`, one for each seed: the same however they are divided
+    into batches."""
+    parts = [random_batch(vocab_size, 1, seqlen, seed=first + n) for n in range(num_sequences)]
+    shifts = range(0, num_sequences * seqlen, seqlen)
+    keys = [seqlen * (first + n) + part.token_keys for n, part in enumerate(parts)]
+    return Batch(
+        input_ids=torch.cat([part.input_ids for part in parts]),
+        cu_seqlens=torch.arange(0, num_sequences * seqlen + 1, seqlen, dtype=torch.int32),
+        max_seqlen=seqlen,
+        position_ids=torch.cat([part.position_ids for part in parts]),
+        masked_positions=torch.cat([part.masked_positions + n for part, n in zip(parts, shifts, strict=True)]),
+        targets=torch.cat([part.targets for part in parts]),
+        token_keys=torch.cat(keys),
+        num_sequences=num_sequences,
+        documents=torch.arange(first, first + num_sequences),
+    )
+
+
 def for_batch(config: Config, batch: Batch, num_batches: int = 1) -> Config:
     """The configuration whose step is so many such batches, each on ranks of its own."""
+    return for_documents(config, batch.max_seqlen, batch.num_sequences, num_batches)
+
+
+def for_documents(config: Config, seqlen: int, documents: int, num_batches: int = 1) -> Config:
+    """The configuration whose step is `num_batches` micro batches of so many documents of `seqlen` tokens."""
     values = config.model_dump()
-    values["data"] |= {"seqlen": batch.max_seqlen, "packing": True}  # as many tokens in every step
-    values["model"]["max_positions"] = max(config.model.max_positions, batch.max_seqlen)
-    values["training"] |= {
-        "global_batch_size": batch.num_sequences * num_batches,
-        "micro_batch_size": batch.num_sequences,
-    }
+    values["data"] |= {"seqlen": seqlen, "packing": True, "mask_rate": _MASK_RATE}  # as many tokens in every step
+    values["model"]["max_positions"] = max(config.model.max_positions, seqlen)
+    values["training"] |= {"global_batch_size": documents * num_batches, "micro_batch_size": documents}
     return Config.model_validate(values)
 
 
