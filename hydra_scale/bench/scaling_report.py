@@ -37,6 +37,7 @@ _REMARKS = {
     " beside them has as many tokens as a rank.",
     "layout": "As given by `--layout`.",
 }
+_FROM_FILE = "from what the same command without `--no-measure` left in `OUTPUT/scaling.jsonl`."
 _REMARK = (
     "Random documents, whole optimizer steps, medians; the time of a step is that of its slowest rank. Efficiency is"
     " tokens/s over those of one process times their number. Peak memory is that of PyTorch's allocator, the fullest"
@@ -88,6 +89,7 @@ def page(
         "# Scaling",
         "Several processes of one host, one a device, beside as many times one. Written by",
         f"```\n{command}\n```",
+        _FROM_FILE if "--no-measure" in command else "",
         _origins(measured),
         _wrapped(_REMARK),
         _goals(measured),

@@ -78,7 +78,7 @@ def split_of(trace: profile, times: Sequence[float], device: torch.device) -> Ti
     sending = covered(interval for kind, interval in kernels if kind == COLLECTIVES)
     return TimeSplit(
         whole / runs, spent[PRODUCTS] / runs, spent[SCANS] / runs, spent[OTHER] / runs, sending / runs,
-        (sending - (busy - computing)) / runs, max(0.0, whole - busy) / runs,
+        max(0.0, sending - (busy - computing)) / runs, max(0.0, whole - busy) / runs,
     )  # fmt: skip
 
 

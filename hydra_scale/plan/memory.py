@@ -166,6 +166,10 @@ def layer_keeps(layout: Layout, kind: str) -> float:
     kept += 2 * inner * model.mixer.d_state / SEGMENT_TOKENS  # what entered the segments of both scans
     if tensor > 1:
         kept += convolved  # PyTorch's operations lie between the kernels
+    if layout.context > 1 and layout.config.parallel.exchange == "heads":
+        # the convolution's result, and of this rank's heads x, B, C, steps and diagonal of all tokens
+        kept += 2 * convolved + (layout.context - 1) * (convolved - inner)
+        kept += 3 * inner / model.mixer.headdim * FP32 / element
     return norm + divided + element * tokens * kept
 
 

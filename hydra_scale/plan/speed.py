@@ -1,4 +1,4 @@
-"""Seconds of an optimizer step, from measurements on one H100 and speeds of links.
+"""Seconds of an optimizer step, from measurements on one H200 and speeds of links.
 
 Computation is linear in tokens, above what the host needs to start a layer's kernels. What a mixer costs was measured
 at two widths, which gives a part that grows with d_model (traffic) and one that grows with its square (products). What
@@ -34,16 +34,16 @@ class Cost:
         return self.linear * width + self.quadratic * width**2
 
 
-MIXER_FORWARD = Cost.measured(2.90, 7.64)
-MIXER_BOTH = Cost.measured(10.9, 27.6)
+MIXER_FORWARD = Cost.measured(2.34, 6.65)
+MIXER_BOTH = Cost.measured(7.89, 23.1)
 """docs/performance.md, bf16: forward, and forward and backward, of a mixer at d_model 1024 and 2048."""
-TRAINED_TOKENS_PER_SECOND = 101_100
+TRAINED_TOKENS_PER_SECOND = 135_300
 """The 334M model of 45 layers at d_model 1024 and L = 2048, whole steps of 16,384 tokens."""
 MEASURED_TOKENS = 16_384
 BESIDE_MIXERS = Cost((1 / TRAINED_TOKENS_PER_SECOND - 45 * MIXER_BOTH.at(1024)) / 45, 0.0)
 """What is left of that step, a layer."""
-PRODUCTS = 478e12
-"""Operations a second of attention of width 1024 at L = 2048, forward and backward in 6.9 ms: also taken for MLPs."""
+PRODUCTS = 488e12
+"""Operations a second of attention of width 1024 at L = 2048, forward and backward in 6.8 ms: also taken for MLPs."""
 HOST_SECONDS = 1e-3
 """Assumed: what the host needs to start the forward and backward kernels of a layer, about a hundred."""
 FP32_SLOWDOWN = 8.0
@@ -117,6 +117,6 @@ def _sending_seconds(layout: Layout, cluster: Cluster) -> float:
 
 
 def _update_seconds(layout: Layout) -> float:
-    """AdamW on a rank's share: four fp32 numbers read and three written, at 3.0 TB/s (measured copy)."""
+    """AdamW on a rank's share: four fp32 numbers read and three written, at 4.3 TB/s (measured copy)."""
     count = max(rank_parameters(layout.config.model, layout.vocab_size, layout.tensor, s) for s in layout.ends)
-    return 28 * count / layout.data_ranks / 3.0e12
+    return 28 * count / layout.data_ranks / 4.3e12
