@@ -55,11 +55,12 @@ class _Tiles(NamedTuple):
 
     @classmethod
     def of(cls, chunks: Chunks, states_2KHPN: torch.Tensor, *tensors_THP: torch.Tensor) -> "_Tiles":
-        """By descriptors where all of these allow them, and chunks are cut at fixed places: a tile is never less."""
-        matrices = [_side_by_side(tensor) for tensor in tensors_THP]
+        """By descriptors where all of these allow them, heads lie side by side, and chunks are cut at fixed places."""
         headdim = tensors_THP[0].shape[-1]
-        fit = all(fits(matrix, headdim) for matrix in matrices) and fits(_stacked(states_2KHPN), states_2KHPN.shape[-1])
-        return cls(chunks.size, fit and padded_width(headdim) == headdim and chunks.starts is None)
+        fit = chunks.starts is None and fits(_stacked(states_2KHPN), states_2KHPN.shape[-1])
+        for tensor in tensors_THP:
+            fit = fit and tensor.stride(1) == headdim and fits(_side_by_side(tensor), headdim)
+        return cls(chunks.size, fit)
 
     def heads(self, tensor_THP: torch.Tensor) -> Any:
         """Of a tensor (T, H, P)."""
@@ -72,7 +73,7 @@ class _Tiles(NamedTuple):
 
 
 def _side_by_side(tensor_THP: torch.Tensor) -> torch.Tensor:
-    """(T, H P), the same memory."""
+    """(T, H P), the same memory, of heads that lie so."""
     num_tokens, num_heads, headdim = tensor_THP.shape
     return tensor_THP.as_strided((num_tokens, num_heads * headdim), (tensor_THP.stride(0), 1))
 

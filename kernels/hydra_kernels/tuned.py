@@ -15,6 +15,8 @@ import torch
 
 from .triton_language import padded_width, triton
 
+KERNELS_VERSION = 2
+"""Counts up when kernels change so that what was measured for them may not fit any more."""
 FOLDER = "HYDRA_KERNELS_TUNED"
 """Environment variable with the folder of the files; absent: ~/.cache/hydra_kernels."""
 
@@ -96,13 +98,14 @@ def by_rule(headdim: int, d_state: int, dtype: torch.dtype, shared_memory: int =
 
 
 def file_of(device: torch.device) -> Path:
-    """Where the measured settings of a device lie: one file for each kind of device and release of Triton."""
+    """Where the measured settings of a device lie: one file for each kind of device, release of Triton
+    and version of the kernels."""
     folder = os.environ.get(FOLDER)
     # unlike Path.home, expanduser does not fail where a user has no home, as in some containers
     base = Path(folder or os.path.expanduser("~/.cache/hydra_kernels"))  # noqa: PTH111
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     release = ".".join(triton.__version__.split(".")[:2])
-    return base / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-triton-{release}.json"
+    return base / f"{re.sub(r'[^A-Za-z0-9]+', '-', name)}-triton-{release}-kernels-{KERNELS_VERSION}.json"
 
 
 @cache

@@ -86,6 +86,34 @@ def test_heads_may_lie_further_apart_than_tokens() -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def every_second_head(x: torch.Tensor) -> torch.Tensor:
+    return x.repeat_interleave(2, dim=2)[:, :, ::2]
+
+
+def columns_from_an_odd_place(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(x.flatten(2), (1, 2))[:, :, 1:-2].unflatten(2, x.shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("laid", "strides"), [(every_second_head, (64, 32, 1)), (columns_from_an_odd_place, (35, 16, 1))]
+)
+def test_heads_that_a_descriptor_would_mistake(laid: Any, strides: tuple[int, ...]) -> None:
+    """Side by side, in rows that begin at multiples of 16 bytes, heads are a matrix that the copy engine can cut; not
+    these."""
+    inputs = {name: tensor.float() for name, tensor in make_inputs(1, 20, 2, 16, 1, 16).items()}
+    assert _rows(laid(inputs["x_BLHP"]), 0).stride() == strides
+    found, expected = (
+        with_gradients(
+            lambda x_BLHP, lay=lay, **values: quasiseparable_scan(
+                lay(x_BLHP), **values, chunk_size=16, backend="triton"
+            ),
+            inputs,
+        )
+        for lay in (laid, torch.Tensor.contiguous)
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("taps", [1, 3, 7])
 @pytest.mark.parametrize("lengths", [None, [9, 1, 2, 25]], ids=str)
 def test_convolution(taps: int, lengths: list[int] | None) -> None:
