@@ -41,7 +41,7 @@ _FROM_FILE = "from what the same command without `--no-measure` left in `OUTPUT/
 _REMARK = (
     "Random documents, whole optimizer steps, medians; the time of a step is that of its slowest rank. Efficiency is"
     " tokens/s over those of one process times their number. Peak memory is that of PyTorch's allocator, the fullest"
-    " rank's. `plan` is what `hydra-scale plan` computes for the very layout, not fitted to these runs, and only for"
+    " rank's. `plan` is what `hydra-scale plan` computes for the very layout, and only for"
     " GPUs; off is how far it lies above (+) or below. **Bold** misses its goal."
 )
 
