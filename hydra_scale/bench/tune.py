@@ -14,7 +14,7 @@ import torch
 from hydra_kernels import Documents
 from hydra_kernels.scan_inputs import ScanInputs
 from hydra_kernels.triton_scan import scan_backward, scan_forward
-from hydra_kernels.tuned import KERNELS, Launch, Settings, file_of, settings, write
+from hydra_kernels.tuned import Launch, Settings, file_of, settings, write
 from hydra_scale.bench.instrument import Instrument, Timing, interleave
 from hydra_scale.bench.peers import attempt
 from hydra_scale.bench.table import Row
@@ -26,9 +26,13 @@ FIELDS: dict[str, tuple[Any, ...]] = {
     "forward_chunk": CHUNKS,
     "output": LAUNCHES,
     "backward_chunk": CHUNKS,
-    **dict.fromkeys((name for name in KERNELS if name != "output"), LAUNCHES),
+    "sweep": LAUNCHES,
+    "transposed": tuple(launch for launch in LAUNCHES if launch.num_stages > 1),
+    "within": LAUNCHES,
+    "across": LAUNCHES,
 }
-"""What is tried, in this order: each chunk before the kernels that it decides about."""
+"""What is tried, in this order: each chunk before the kernels that it decides about. `transposed` in one stage is
+compiled wrongly for heads of 32 (Triton 3.6, Hopper): a product of it reads outside shared memory."""
 _GAIN = 0.995
 """A value must make the scan faster than this share of its time; less is noise, and settings should not wander."""
 

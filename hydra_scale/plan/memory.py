@@ -7,6 +7,7 @@ are a measured constant.
 
 from dataclasses import dataclass
 
+from hydra_kernels.chunks import segment_tokens
 from hydra_scale.model.build import score_blocks
 from hydra_scale.plan.layout import Layout
 from hydra_scale.plan.parameters import rank_parameters
@@ -17,8 +18,6 @@ ATTENTION_KEEPS = 0.68e9 / 65536 / 1024
 """Bytes a token and channel of d_model that an attention layer keeps in bf16; measured (docs/performance.md)."""
 BACKWARD_CHUNK = 64
 """Tokens of a chunk in the backward pass of the scan, whose states lie in memory."""
-SEGMENT_TOKENS = 2048
-"""Of the scan's segments (hydra_kernels/chunks.py)."""
 EMBEDDING_KEEPS = 2.25
 """Tensors of the residual stream's size: the sum of the embeddings, dropout's result, and its mask in bytes."""
 HEAD_BYTES = 12
@@ -163,7 +162,8 @@ def layer_keeps(layout: Layout, kind: str) -> float:
         return norm + divided + gathered + ATTENTION_KEEPS * element / 2 * width * tokens / tensor
     projected, convolved, inner = _mixer_widths(layout)
     kept = width / tensor + projected + 2 * inner  # its input, the projection, the scan's result and that of the norm
-    kept += 2 * inner * model.mixer.d_state / SEGMENT_TOKENS  # what entered the segments of both scans
+    of_segment = segment_tokens(tokens, round(inner / model.mixer.headdim))
+    kept += 2 * inner * model.mixer.d_state / of_segment  # what entered the segments of both scans
     if tensor > 1:
         kept += convolved  # PyTorch's operations lie between the kernels
     if layout.context > 1 and layout.config.parallel.exchange == "heads":

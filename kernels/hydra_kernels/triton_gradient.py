@@ -17,7 +17,7 @@ def _add_three(a, b, c, d, e, f):
 
 @triton.jit
 def within_kernel(
-    x, grad_y, dt, cumulative, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
+    x, grad_y, cumulative, write_log, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
     grad_vectors, read, written, grad_diagonal,
     num_tokens, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
     stride_x_token: tl.constexpr, stride_x_head: tl.constexpr,
@@ -79,31 +79,29 @@ def within_kernel(
         head = first_head + index
         line = head.to(tl.int64) * num_tokens
         other_line = (num_heads + head).to(tl.int64) * num_tokens
-        dt_f = tl.load(dt + line + token, mask=live, other=0.0)
-        dt_b = tl.load(dt + other_line + token, mask=live, other=0.0)
-        upto_f = tl.load(cumulative + line + token, mask=live, other=0.0)
-        upto_b = tl.load(cumulative + other_line + token, mask=live, other=0.0)
+        write_f = tl.load(write_log + line + token, mask=live, other=0.0)
+        write_b = tl.load(write_log + other_line + token, mask=live, other=0.0)
         before_f = tl.load(cumulative + line + token - 1, mask=left_known & (token > first), other=0.0)
         before_b = tl.load(cumulative + other_line + token + 1, mask=right_known & (token + 1 < end), other=0.0)
         x_QP = load_head(x, head, first, q, stride_x_token, stride_x_head, live, p, P, DESCRIBED)
         dy_QP = load_head(grad_y, head, first, q, stride_grad_y_token, stride_grad_y_head, live, p, P, DESCRIBED)
-        # The matrix is score decay dt. An allowed exponent is <= 0; what is not allowed is finite, and goes at the end.
-        exponent = tl.where(below, before_f[:, None] - upto_f[None, :], before_b[:, None] - upto_b[None, :])
+        # The matrix is score times a decay and dt, whose logarithm is the exponent. What is not allowed is kept finite,
+        # and goes with the zeros of the scores or at the end.
+        exponent = tl.where(below, before_f[:, None] - write_f[None, :], before_b[:, None] - write_b[None, :])
         grad_matrix = tl.dot(dy_QP, tl.trans(x_QP), input_precision=PRECISION)
-        grad_decayed = grad_matrix * tl.exp2(tl.minimum(exponent, 0.0))
-        weighted = grad_decayed * tl.where(below, dt_f[None, :], dt_b[None, :])
+        weighted = grad_matrix * tl.exp2(tl.minimum(exponent, 64.0))
         grad_score += weighted
-        written_f, written_b = tl.reduce((grad_decayed * score_f, grad_decayed * score_b), 0, _add_two)
+        product_f, product_b = weighted * score_f, weighted * score_b
+        written_f, written_b = tl.reduce((product_f, product_b), 0, _add_two)
         if HAS_DIAGONAL:
             on_it = tl.where(row == column, grad_matrix, 0.0)
-            read_f, read_b, on_it = tl.reduce((weighted * score_f, weighted * score_b, on_it), 1, _add_three)
+            read_f, read_b, on_it = tl.reduce((product_f, product_b, on_it), 1, _add_three)
             tl.store(grad_diagonal + first.to(tl.int64) * num_heads + head + q * num_heads, on_it, mask=live)
         else:
-            read_f, read_b = tl.reduce((weighted * score_f, weighted * score_b), 1, _add_two)
-        tl.store(written + line + token, written_f, mask=live)
-        tl.store(written + other_line + token, written_b, mask=live)
-        tl.store(read + line + token, read_f, mask=live)
-        tl.store(read + other_line + token, read_b, mask=live)
+            read_f, read_b = tl.reduce((product_f, product_b), 1, _add_two)
+        lines = tl.where(tl.arange(0, 2) == 0, line, other_line)[None, :] + token[:, None]
+        tl.store(written + lines, tl.join(written_f, written_b), mask=live[:, None])
+        tl.store(read + lines, tl.join(read_f, read_b), mask=live[:, None])
 
     width = num_groups * N
     base = (part.to(tl.int64) * num_tokens + token.to(tl.int64)) * (4 * width) + group * N

@@ -243,7 +243,7 @@ def _mix(
 def _(projected_TE: _Tensor, *rest: Any) -> tuple[_Tensor, _Tensor, _Tensor, _Tensor, _Tensor]:
     num_tokens, (d_inner, nheads, headdim, d_state, *_) = projected_TE.shape[0], rest[-2]
     starts_from_learnt_states = rest[7] is not None
-    entering = (0,) if starts_from_learnt_states else (2, num_segments(num_tokens), nheads, headdim, d_state)
+    entering = (0,) if starts_from_learnt_states else (2, num_segments(num_tokens, nheads), nheads, headdim, d_state)
     out, y, diagonal = (
         _fake((num_tokens, width), projected_TE, projected_TE.dtype) for width in (d_inner, d_inner, nheads)
     )

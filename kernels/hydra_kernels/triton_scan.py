@@ -30,7 +30,8 @@ _PROGRAMS_WANTED = 256
 
 
 def _chunks(inputs: ScanInputs, largest: int) -> Chunks:
-    return cut(inputs.x_THP.shape[0], inputs.borders, min(largest, inputs.chunk_size))
+    num_tokens, num_heads, _ = inputs.x_THP.shape
+    return cut(num_tokens, num_heads, inputs.borders, min(largest, inputs.chunk_size))
 
 
 def _steps(inputs: ScanInputs, chunks: Chunks) -> Steps:
@@ -138,9 +139,9 @@ class Begun(NamedTuple):
 
     chosen: Settings
     sweep: Sweep
-    totals: Totals
+    totals: Totals | None
     entered: Callable[[], Entered] | None
-    """Waits for what an exchange brings."""
+    """With an exchange what the segments add, and a wait for what it brings."""
 
 
 def begin_forward(inputs: ScanInputs, exchange: Exchange | None, chosen: Settings | None = None) -> Begun:
@@ -149,9 +150,9 @@ def begin_forward(inputs: ScanInputs, exchange: Exchange | None, chosen: Setting
     chunks = _chunks(inputs, chosen.forward_chunk)
     steps = _steps(inputs, chunks)
     sweep = Sweep(inputs, chunks, steps, inputs.x_THP, inputs.initial_2SHPN, chosen.sweep, of_gradient=False)
-    totals = sweep.totals()
     if exchange is None:
-        return Begun(chosen, sweep, totals, None)
+        return Begun(chosen, sweep, None, None)
+    totals = sweep.totals()
     leaving = _leaving(totals, inputs.C_2TGN.shape[2:])
     pass_segments(totals, inputs.x_THP.dtype, None, leaving, inputs.C_2TGN)
     return Begun(chosen, sweep, totals, exchange.states(leaving))
@@ -176,7 +177,7 @@ def finish_forward(inputs: ScanInputs, begun: Begun) -> Scanned:
     if entered is not None:
         inputs = inputs.with_readout(entered.readout_2GN)
     x_THP = inputs.x_THP
-    entering = pass_segments(totals, x_THP.dtype, None if entered is None else entered.states_2HPN)
+    entering = sweep.entering(totals, None if entered is None else entered.states_2HPN)
     states, final = sweep.states(entering)
     y_THP = torch.empty(x_THP.shape, dtype=x_THP.dtype, device=x_THP.device)
     _apply(inputs, sweep.chunks, sweep.steps, x_THP, states, y_THP, None, chosen.output)
@@ -190,9 +191,9 @@ def scan_forward(inputs: ScanInputs, chosen: Settings | None = None) -> Scanned:
 
 def _leaving(totals: Totals, readers: Sequence[int]) -> Leaving:
     """Room for what leaves this stretch: fp32."""
-    _, _, num_heads, headdim, d_state = totals.states_2MHPN.shape
+    num_heads, headdim, d_state = totals.states_2MJHPN.shape[3:]
     num_groups, width = readers
-    return Leaving.empty((num_heads, headdim, d_state), (num_groups, width), totals.states_2MHPN)
+    return Leaving.empty((num_heads, headdim, d_state), (num_groups, width), totals.states_2MJHPN)
 
 
 def _readout_gradients(parts_2KTV: torch.Tensor, borders: torch.Tensor | None, num_groups: int) -> torch.Tensor:
@@ -247,14 +248,14 @@ def scan_backward(
     steps = _steps(inputs, chunks)
     sweep = Sweep(inputs, chunks, steps, x_THP, inputs.initial_2SHPN, chosen.sweep, of_gradient=False)
     back = Sweep(inputs, chunks, steps, grad_y_THP, grad_final_2SHPN, chosen.sweep, of_gradient=True)
-    totals = back.totals()
-    returning = None
+    totals = returning = None
     if exchange is not None:
+        totals = back.totals()
         leaving = _leaving(totals, (0, 0))
         pass_segments(totals, grad_y_THP.dtype, None, leaving)
         returning = exchange.state_gradients(leaving)  # they travel while the gradients within chunks are computed
     if entering_2MHPN is None:
-        entering_2MHPN = pass_segments(sweep.totals(), x_THP.dtype, None)
+        entering_2MHPN = sweep.entering()
     states, _ = sweep.states(entering_2MHPN)
     heads = _heads_per_program(chunks, num_heads, num_groups)
     num_parts = num_heads // num_groups // heads
@@ -281,13 +282,11 @@ def scan_backward(
         "PRECISION": dot_precision(x_THP.dtype), "DESCRIBED": tiles.described,
     }  # fmt: skip
     within_kernel[(chunks.num, num_heads // heads)](
-        x, grad_y, steps.dt, steps.cumulative, *tensors, parts[0], read, written, grad_diagonal,
+        x, grad_y, steps.cumulative, steps.write_log, *tensors, parts[0], read, written, grad_diagonal,
         num_tokens, chunks.num_documents, num_heads, num_heads // num_groups, *strides,
         HAS_DIAGONAL=grad_diagonal is not None, STAGES=chosen.within.num_stages, **options, **chosen.within._asdict(),
     )  # fmt: skip
-    grads, edges_2SHPN = back.states(
-        pass_segments(totals, grad_y_THP.dtype, None if returning is None else returning())
-    )
+    grads, edges_2SHPN = back.states(back.entering(totals, None if returning is None else returning()))
     rank = None
     if diagonal_weight_HI is not None:
         assert grad_diagonal is not None

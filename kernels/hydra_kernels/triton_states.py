@@ -1,10 +1,11 @@
 """States at the edges of chunks: two sweeps over the chunks of each segment, and between them a pass over the segments.
 
-A sweep carries the state through the chunks of one segment in registers. The first starts from zero and writes only
-what leaves the segment, where a document goes on behind it; elsewhere it reads nothing. The pass carries the fp32
-states of the segments along. The second sweep starts from what enters its segment and writes what enters every chunk,
-in the input's dtype: so chunk states are written once, rounded once, and never read to be mended. What enters a stretch
-of a sequence that is divided over ranks is such a pass over the ranks.
+A sweep carries the state through chunks in registers. The first starts from nothing and writes only what leaves its
+segment, where a document goes on behind it. Several programs share a segment, and one whose tokens fp32 cannot tell
+from zero behind the segment reads nothing: most heads forget within a few chunks. The pass carries the fp32 states of
+the segments along. The second sweep starts from what enters its segment and writes what enters every chunk, in the
+input's dtype: so chunk states are written once, rounded once, and never read to be mended. What enters a stretch of a
+sequence that is divided over ranks is such a pass over the ranks.
 
 The gradient of the states flows the other way: the same sweeps with the output's gradient for x and C for B.
 """
@@ -13,6 +14,9 @@ import torch
 
 from .triton_language import padded_width, tl, triton
 from .triton_steps import chunk_bounds
+
+_LEAST = tl.constexpr(2.0**-126)
+"""Of normal fp32 numbers: what is multiplied by less counts as nothing."""
 
 
 @triton.jit
@@ -44,61 +48,135 @@ def _chunk_of_step(
 
 
 @triton.jit
+def _written(
+    values, vectors, readout, doc_start, doc_end, first, end, document, direction, group, num_tokens, num_documents,
+    num_groups, p, n, stride_value_token, stride_vector_token,
+    P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr,
+    HAS_READOUT: tl.constexpr, HAS_BESIDE: tl.constexpr,
+):  # fmt: skip
+    """A chunk's values (Q, P) and the vectors (Q, N) that they are written with: B, or C of the neighbour."""
+    token = first + tl.arange(0, Q)
+    live = token < end
+    source, known = token, live
+    if GRADIENT:
+        source = token + tl.where(direction == 0, -1, 1)
+        if ALIGNED:
+            start = tl.load(doc_start + token, mask=live, other=0)
+            stop = tl.load(doc_end + token, mask=live, other=0)
+            known = live & (source >= start) & (source < stop)
+        elif not HAS_BESIDE:
+            known = live & (source >= 0) & (source < num_tokens)
+    value = tl.load(
+        values + token.to(tl.int64)[:, None] * stride_value_token + p[None, :],
+        mask=live[:, None] & (p < P)[None, :], other=0.0,
+    )  # fmt: skip
+    vector = tl.load(
+        vectors + source.to(tl.int64)[:, None] * stride_vector_token + n[None, :],
+        mask=known[:, None] & (n < N)[None, :], other=0.0,
+    )  # fmt: skip
+    if HAS_READOUT and GRADIENT:
+        outside = ((direction * num_documents + document).to(tl.int64) * num_groups + group) * N
+        given = live & ~known
+        vector += tl.load(readout + outside + n[None, :], mask=given[:, None] & (n < N)[None, :], other=0.0).to(
+            vector.dtype
+        )
+    return value, vector
+
+
+@triton.jit
+def _product(a, b):
+    return a * b
+
+
+@triton.jit
+def _reach(
+    segment, part, direction, ascending, through, doc_start, doc_end, num_tokens, num_chunks, num_heads, head,
+    Q: tl.constexpr, R: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """How much of what leaves a part of a segment leaves the segment: 0 where no document goes on behind it, or that
+    is below the least normal number. Parts are counted in the direction of the sweep."""
+    reach = 1.0
+    if not ALIGNED:
+        border = segment * (R * Q)
+        last = tl.where(ascending, tl.minimum(border + R * Q, num_tokens) - 1, border)
+        goes_on = tl.where(ascending, tl.load(doc_end + last) > last + 1, tl.load(doc_start + last) < last)
+        reach = tl.where(goes_on, 1.0, 0.0)
+    if PARTS > 1:
+        step = tl.arange(0, R)
+        chunk = segment * R + tl.where(ascending, step, R - 1 - step)
+        place = (direction * num_chunks + chunk).to(tl.int64) * num_heads + head
+        behind = (step >= (part + 1) * (R // PARTS)) & (chunk < num_chunks)
+        reach *= tl.reduce(tl.load(through + place, mask=behind, other=1.0), 0, _product)
+    return tl.where(reach >= _LEAST, reach, 0.0)
+
+
+@triton.jit
 def sweep_kernel(
     values, vectors, dt, arrive, depart, through, doc_start, doc_end, chunk_start, chunk_document, edge_in, readout,
-    entering, states, edge_out, total, total_decay,
+    entering, states, edge_out, total, counts, total_decay,
     num_tokens, num_chunks, num_segments, num_documents, num_heads: tl.constexpr, heads_per_group: tl.constexpr,
     stride_value_token: tl.constexpr, stride_value_head: tl.constexpr,
     stride_vector_direction, stride_vector_token: tl.constexpr, stride_vector_group,
     P: tl.constexpr, N: tl.constexpr, PP: tl.constexpr, NP: tl.constexpr, Q: tl.constexpr, R: tl.constexpr,
-    TOTALS: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_EDGE: tl.constexpr,
+    PARTS: tl.constexpr, TOTALS: tl.constexpr, GRADIENT: tl.constexpr, ALIGNED: tl.constexpr, HAS_EDGE: tl.constexpr,
     HAS_READOUT: tl.constexpr, HAS_BESIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Grid (2 H, num_segments), the two directions of a head side by side: they read the same tokens.
+    """Grid (2 H, num_segments * PARTS), the two directions of a head side by side: they read the same tokens.
 
-    TOTALS, the first sweep: total (2, num_segments, H, P, N) and total_decay fp32, what leaves each segment if nothing
-    enters, and the factor of what does. Else from entering (2, num_segments, H, P, N): states (2, num_chunks, H, P, N)
-    in the values' dtype, what enters each chunk. dt and the factors: see `Steps`.
+    TOTALS, from nothing: what leaves each segment, as a sum total (2, num_segments, PARTS, H, P, N) of what its parts,
+    in the order of tokens, write; counts (2, num_segments, PARTS, H) int32, 0 for those that are not read or written,
+    for nothing of them leaves the segment; total_decay (2, num_segments, H), the factor of what enters it; fp32.
+    Else, one part, from entering (2, num_segments, H, P, N): states (2, num_chunks, H, P, N) in the values' dtype, what
+    enters each chunk. dt and the factors: see `Steps`.
 
     GRADIENT: values is the gradient of the output, vectors is C, and what enters a chunk is the gradient of the state
     that leaves it. ALIGNED: each chunk belongs to one document, whose state starts as edge_in (2, S, H, P, N), or zero,
-    and ends in edge_out. HAS_BESIDE: C has rows in front of its first token and behind its last.
+    and ends in edge_out; one part. HAS_BESIDE: C has rows in front of its first token and behind its last.
     """
+    STEPS: tl.constexpr = R // PARTS
     direction = tl.program_id(0) % 2
     head = tl.program_id(0) // 2
-    segment = tl.program_id(1)
+    segment = tl.program_id(1) // PARTS
+    position = tl.program_id(1) % PARTS
     ascending = (direction == 0) != GRADIENT
     group = head // heads_per_group
     p, n = tl.arange(0, PP), tl.arange(0, NP)
     inside_pn = (p < P)[:, None] & (n < N)[None, :]
     tile = p[:, None] * N + n[None, :]
-    place = ((direction * num_segments + segment).to(tl.int64) * num_heads + head) * (P * N)
-    decay_place = (direction * num_segments + segment) * num_heads + head
+    place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
     state = tl.zeros((PP, NP), tl.float32)
     decay = 1.0
-    lowest, highest = 0, num_tokens
-    if TOTALS and not ALIGNED:
-        # only the document over the border that is reached last can leave anything there
-        border = segment * (R * Q)
-        last = tl.where(ascending, tl.minimum(border + R * Q, num_tokens) - 1, border)
-        lowest, highest = tl.load(doc_start + last), tl.load(doc_end + last)
-        if tl.where(ascending, highest <= last + 1, lowest >= last):
-            tl.store(total + place + tile, state, mask=inside_pn)
-            tl.store(total_decay + decay_place, 0.0)
+    upwards = ascending
+    if TOTALS:
+        part = tl.where(ascending, position, PARTS - 1 - position)
+        reach = _reach(
+            segment, part, direction, ascending, through, doc_start, doc_end, num_tokens, num_chunks, num_heads, head,
+            Q, R, PARTS, ALIGNED,
+        )  # fmt: skip
+        part_place = (direction * num_segments * PARTS + tl.program_id(1)).to(tl.int64) * num_heads + head
+        tl.store(counts + part_place, tl.where(reach > 0.0, 1, 0))
+        if reach == 0.0:
+            if part == 0:
+                tl.store(total_decay + place, 0.0)
             return
-    if not TOTALS:
-        state += tl.load(entering + place + tile, mask=inside_pn, other=0.0).to(tl.float32)
+        if not ALIGNED:
+            # a sum may be made in any order: both directions in the same one, so that memory is read once for both
+            upwards = True
+    else:
+        state += tl.load(entering + place * (P * N) + tile, mask=inside_pn, other=0.0).to(tl.float32)
     values += head * stride_value_head
     vectors += direction * stride_vector_direction + group * stride_vector_group
     line = (direction * num_heads + head).to(tl.int64) * num_tokens
+    first_step = position * STEPS
     chunk, exists, first, end = _chunk_of_step(
-        0, segment, ascending, chunk_start, doc_end, num_tokens, num_chunks, Q, R, ALIGNED
+        first_step, segment, upwards, chunk_start, doc_end, num_tokens, num_chunks, Q, R, ALIGNED
     )
     weight, factor = _edge_weights(
         chunk, exists, first, end, line, dt, arrive, depart, through, direction, num_chunks,
         num_heads, head, Q, GRADIENT,
     )  # fmt: skip
-    for step in range(R):
+    for step in range(STEPS):
+        document = 0
         if ALIGNED:
             document = tl.load(chunk_document + chunk, mask=exists, other=0)
             at_start = exists & (first == tl.load(doc_start + first, mask=exists, other=-1))
@@ -115,46 +193,26 @@ def sweep_kernel(
         if not TOTALS:
             chunk_place = ((direction * num_chunks + chunk).to(tl.int64) * num_heads + head) * (P * N)
             tl.store(states + chunk_place + tile, state.to(states.dtype.element_ty), mask=inside_pn & exists)
-
-        token = first + tl.arange(0, Q)
-        live = (token < end) & (token >= lowest) & (token < highest)
-        source, known = token, live
-        if GRADIENT:
-            source = token + tl.where(direction == 0, -1, 1)
-            if ALIGNED:
-                start = tl.load(doc_start + token, mask=live, other=0)
-                stop = tl.load(doc_end + token, mask=live, other=0)
-                known = live & (source >= start) & (source < stop)
-            elif not HAS_BESIDE:
-                known = live & (source >= 0) & (source < num_tokens)
-        value = tl.load(
-            values + token.to(tl.int64)[:, None] * stride_value_token + p[None, :],
-            mask=live[:, None] & (p < P)[None, :], other=0.0,
+        value, vector = _written(
+            values, vectors, readout, doc_start, doc_end, first, end, document, direction, group, num_tokens,
+            num_documents, num_heads // heads_per_group, p, n, stride_value_token, stride_vector_token,
+            P, N, Q, GRADIENT, ALIGNED, HAS_READOUT, HAS_BESIDE,
         )  # fmt: skip
-        vector = tl.load(
-            vectors + source.to(tl.int64)[:, None] * stride_vector_token + n[None, :],
-            mask=known[:, None] & (n < N)[None, :], other=0.0,
-        )  # fmt: skip
-        if HAS_READOUT and GRADIENT:
-            num_groups = num_heads // heads_per_group
-            of_document = direction * num_documents
-            if ALIGNED:
-                of_document += document
-            outside = (of_document.to(tl.int64) * num_groups + group) * N
-            given = live & ~known
-            vector += tl.load(readout + outside + n[None, :], mask=given[:, None] & (n < N)[None, :], other=0.0).to(
-                vector.dtype
-            )
         # the next chunk's factors are on their way while this one's product is made
         next_chunk, next_exists, next_first, next_end = _chunk_of_step(
-            tl.minimum(step + 1, R - 1), segment, ascending, chunk_start, doc_end, num_tokens, num_chunks, Q, R, ALIGNED
-        )
+            first_step + tl.minimum(step + 1, STEPS - 1), segment, upwards, chunk_start, doc_end, num_tokens,
+            num_chunks, Q, R, ALIGNED,
+        )  # fmt: skip
         next_weight, next_factor = _edge_weights(
             next_chunk, next_exists, next_first, next_end, line, dt, arrive, depart, through, direction, num_chunks,
             num_heads, head, Q, GRADIENT,
         )  # fmt: skip
+        kept = factor
+        if TOTALS and not ALIGNED:
+            weight *= tl.where(ascending, 1.0, decay)
+            kept = tl.where(ascending, factor, 1.0)
         weighted = (value.to(tl.float32) * weight[:, None]).to(value.dtype)
-        state = tl.dot(tl.trans(weighted), vector, state * factor, input_precision=PRECISION)
+        state = tl.dot(tl.trans(weighted), vector, state * kept, input_precision=PRECISION)
         if TOTALS:
             decay *= factor
         elif ALIGNED:
@@ -162,16 +220,19 @@ def sweep_kernel(
         chunk, exists, first, end = next_chunk, next_exists, next_first, next_end
         weight, factor = next_weight, next_factor
     if TOTALS:
-        tl.store(total + place + tile, state, mask=inside_pn)
-        tl.store(total_decay + decay_place, decay)
+        tl.store(total + part_place * (P * N) + tile, state * reach, mask=inside_pn)
+        if part == 0:
+            tl.store(total_decay + place, decay * reach)
 
 
 @triton.jit
 def pass_kernel(
-    total, total_decay, initial, entering, leaving, decay, C, readout, num_segments, num_tokens, num_heads, num_groups,
+    total, counts, total_decay, initial, entering, leaving, decay, C, readout,
+    num_segments, num_tokens, num_heads, num_groups,
     stride_C_direction, stride_C_token, stride_C_group,
     ELEMENTS: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr, N: tl.constexpr, NP: tl.constexpr,
-    GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_LEAVING: tl.constexpr, HAS_READOUT: tl.constexpr,
+    PARTS: tl.constexpr, GRADIENT: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_LEAVING: tl.constexpr,
+    HAS_READOUT: tl.constexpr,
 ):  # fmt: skip
     """Entering state of every segment from the segments' totals.
 
@@ -202,7 +263,12 @@ def pass_kernel(
             segment = tl.where(ascending, step + ahead, num_segments - 1 - step - ahead)
             place = (direction * num_segments + segment).to(tl.int64) * num_heads + head
             exists = step + ahead < num_segments
-            owns += (tl.load(total + place * ELEMENTS + element, mask=inside & exists, other=0.0),)  # type: ignore[assignment]
+            own = tl.zeros((BLOCK,), tl.float32)
+            for part in tl.static_range(PARTS):
+                part_place = ((direction * num_segments + segment) * PARTS + part).to(tl.int64) * num_heads + head
+                counted = tl.load(counts + part_place, mask=exists, other=0) > 0
+                own += tl.load(total + part_place * ELEMENTS + element, mask=inside & counted, other=0.0)
+            owns += (own,)  # type: ignore[assignment]
             decays += (tl.load(total_decay + place, mask=exists, other=1.0),)  # type: ignore[assignment]
         for ahead in tl.static_range(AHEAD):
             segment = tl.where(ascending, step + ahead, num_segments - 1 - step - ahead)

@@ -12,6 +12,9 @@ import torch
 
 from .triton_language import tl, triton
 
+_LEAST_STEP = tl.constexpr(2.0**-64)
+"""A token writes at least with so much, whatever its dt: then its share of a sum of products can be told from dt."""
+
 
 class Steps(NamedTuple):
     """Of every token (2, H, T), and of every chunk (2, K, H)."""
@@ -20,7 +23,7 @@ class Steps(NamedTuple):
     cumulative: torch.Tensor
     """Inclusive running sums of log2 of the decays."""
     write_log: torch.Tensor
-    """cumulative - log2(dt), so that i reads j < i with 2^(cumulative[i - 1] - write_log[j]); dt at least 2^-126."""
+    """cumulative - log2(dt), so that i reads j < i with 2^(cumulative[i - 1] - write_log[j]); dt at least 2^-64."""
     arrive: torch.Tensor
     """How much of the state that enters the chunk reaches a token; 0 behind a border of documents."""
     depart: torch.Tensor
@@ -109,7 +112,7 @@ def steps_kernel(
         place = (direction * num_heads + head).to(tl.int64)[None, :] * num_tokens + token[:, None]
         tl.store(dt_out + place, dt, mask=live)
         tl.store(cumulative_out + place, cumulative, mask=live)
-        tl.store(write_log_out + place, cumulative - tl.log2(tl.maximum(dt, 1.2e-38)), mask=live)
+        tl.store(write_log_out + place, cumulative - tl.log2(tl.maximum(dt, _LEAST_STEP)), mask=live)
         tl.store(arrive_out + place, arrive, mask=live)
         tl.store(depart_out + place, depart, mask=live)
         passes = reads_state(last_start, last_stop, first, end, direction == 0, ALIGNED)
@@ -129,10 +132,10 @@ def steps_backward_kernel(
     """Gradients of the raw steps, and per chunk sums (3, num_chunks, H) fp32: gradients of A (RAW: of log(-A)), with
     RAW of the bias, and of the diagonal those (T, H) that are given.
 
-    read[i], written[j] (2, H, T): sums of dM M over the row of a reading token and, without dt, over the column of a
-    written one, within the chunk and across its borders; kept (2, num_chunks, H): the entering state times the
-    gradient of the leaving one. The exponent of M[i, j] is the sum of log decays strictly between j and i: a running
-    sum from the far side of read minus written.
+    read[i], written[j] (2, H, T): sums of dM M over the row of a reading token and over the column of a written one,
+    within the chunk and across its borders, there without dt of the written one; kept (2, num_chunks, H): the entering
+    state times the gradient of the leaving one. The exponent of M[i, j] is the sum of log decays strictly between j and
+    i: a running sum from the far side of read minus written.
     """
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
@@ -151,7 +154,7 @@ def steps_backward_kernel(
         place = (direction * num_heads + head).to(tl.int64)[None, :] * num_tokens + token[:, None]
         dt_QV = tl.load(dt + place, mask=live, other=0.0)
         crossing = tl.load(written_across + place, mask=live, other=0.0)
-        written_QV = tl.load(written + place, mask=live, other=0.0) + crossing
+        written_QV = tl.load(written + place, mask=live, other=0.0)
         # the token that reads behind this one: its exponent ends with this one's decay
         if direction == 0:
             reader = token + 1
@@ -172,11 +175,11 @@ def steps_backward_kernel(
         passed_V = tl.load(kept + chunk_place, mask=head < num_heads, other=0.0)
         passed_V = passed_V * tl.load(through + chunk_place, mask=head < num_heads, other=0.0)
         passed_V += tl.sum(crossing * dt_QV, 0)
-        change = read_QV - written_QV * dt_QV + tl.where(edge[:, None] & live, passed_V[None, :], 0.0)
+        change = read_QV - (written_QV + crossing * dt_QV) + tl.where(edge[:, None] & live, passed_V[None, :], 0.0)
         restart_QV = tl.broadcast_to(restart.to(tl.int32)[:, None], (Q, V))
         log_grad, _ = tl.associative_scan((change, restart_QV), 0, _add_or_restart, reverse=direction == 0)
         log_grad = tl.where(live, log_grad, 0.0)
-        grad_dt = written_QV + log_grad * A_V[None, :]
+        grad_dt = written_QV / tl.maximum(dt_QV, _LEAST_STEP) + crossing + log_grad * A_V[None, :]
         grad_A_V += tl.sum(log_grad * dt_QV, 0)
         if RAW:
             offset = token.to(tl.int64)[:, None] * stride_token + direction * stride_direction

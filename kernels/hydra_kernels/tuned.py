@@ -15,7 +15,7 @@ import torch
 
 from .triton_language import padded_width, triton
 
-KERNELS_VERSION = 2
+KERNELS_VERSION = 3
 """Counts up when kernels change so that what was measured for them may not fit any more."""
 FOLDER = "HYDRA_KERNELS_TUNED"
 """Environment variable with the folder of the files; absent: ~/.cache/hydra_kernels."""
@@ -51,10 +51,25 @@ _Key = tuple[int, int, str]
 """headdim, d_state, dtype."""
 
 SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {
-    (9, 0): {(64, 64, "bfloat16"): Settings(64, 64, *(Launch(4, 3),) * 5)},
+    (9, 0): {
+        (64, 64, "bfloat16"): Settings(64, 64, *(Launch(4, 3),) * 5),
+        (64, 64, "float32"): Settings(
+            32, 32, Launch(4, 1), Launch(4, 2), Launch(4, 2), within=Launch(4, 3), across=Launch(4, 2)
+        ),
+        (64, 128, "bfloat16"): Settings(
+            64, 64, Launch(4, 4), Launch(4, 3), Launch(4, 3), within=Launch(4, 2), across=Launch(8, 3)
+        ),
+        (128, 64, "bfloat16"): Settings(
+            64, 64, Launch(4, 4), Launch(4, 3), Launch(4, 3), within=Launch(4, 2), across=Launch(4, 2)
+        ),
+        (128, 128, "bfloat16"): Settings(
+            64, 64, Launch(4, 3), Launch(4, 2), Launch(4, 2), within=Launch(4, 1), across=Launch(8, 3)
+        ),
+    },
 }
-"""By compute capability; measured on an NVIDIA H200 (docs/performance.md). Three stages: two heads are on their way
-while one is computed with, in just so much shared memory that a multiprocessor has room for two programs."""
+"""By compute capability; found by `bench tune` on an NVIDIA H200 (docs/performance.md), fp16 as bf16. Three stages: two
+heads are on their way while one is computed with, in just so much shared memory that a multiprocessor has room for two
+programs."""
 
 
 def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.device) -> Settings:
@@ -65,7 +80,8 @@ def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.devic
     key = (headdim, d_state, str(dtype).removeprefix("torch."))
     measured = read(file_of(device)).get(key)
     if measured is None and device.type == "cuda":
-        measured = SHIPPED.get(torch.cuda.get_device_capability(device), {}).get(key)
+        as_wide = (headdim, d_state, "bfloat16") if dtype == torch.float16 else key
+        measured = SHIPPED.get(torch.cuda.get_device_capability(device), {}).get(as_wide)
     return measured or by_rule(headdim, d_state, dtype, _shared_memory(device))
 
 
@@ -77,24 +93,43 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def by_rule(headdim: int, d_state: int, dtype: torch.dtype, shared_memory: int = _HOPPER) -> Settings:
-    """What has worked at these widths on an H100, for shapes and devices that nobody measured.
-
-    A chunk's two states and its tokens are buffered as often as shared memory, in bytes, allows beside what stays.
-    """
+    """What has worked at these widths, for shapes and devices that nobody measured; shared_memory in bytes."""
     P, N = padded_width(headdim), padded_width(d_state)
-    widest, size = max(P, N), dtype.itemsize
-    chunk = 64 if widest >= 64 else 128
-    if dtype == torch.float32 and widest > 64:
-        return Settings(32, 32, Launch(4, 1), *(Launch(8, 1),) * 4)
-    stays, buffered = (2 * chunk * N + 2 * chunk * P) * size + 8192, (2 * P * N + chunk * P) * size
-    stages = max(1, min(3, (shared_memory - stays) // buffered))
     if dtype == torch.float32:
-        return Settings(64, 32, Launch(4, 3), *(Launch(4, stages),) * 2, *(Launch(8, 2),) * 2)
+        return _in_fp32(P, N, shared_memory)
+    if shared_memory < _HOPPER:
+        return _in_little_memory(P, N, dtype, shared_memory)
+    # with one stage `transposed` is compiled wrongly for heads of 32 (Triton 3.6)
+    if P * N > 8192:
+        return Settings(64, 64, Launch(4, 3), *(Launch(4, 2),) * 3, across=Launch(8, 2))
+    if max(P, N) > 64:
+        return Settings(64, 64, *(Launch(4, 3),) * 3, *(Launch(4, 2),) * 2)
+    return Settings(64, 64, *(Launch(4, 3),) * 5)
+
+
+def _in_fp32(P: int, N: int, shared_memory: int) -> Settings:
+    if max(P, N) > 64:
+        return Settings(32, 32, Launch(4, 1), *(Launch(8, 1),) * 4)
+    stages = min(2, _stages(64, P, N, 4, shared_memory))
+    return Settings(64, 32, Launch(4, 3), *(Launch(4, stages),) * 2, *(Launch(4, 2),) * 2)
+
+
+def _in_little_memory(P: int, N: int, dtype: torch.dtype, shared_memory: int) -> Settings:
+    """For GPUs before Hopper and small ones."""
+    widest = max(P, N)
+    chunk = 64 if widest >= 64 else 128
+    stages = _stages(chunk, P, N, dtype.itemsize, shared_memory)
     if widest == 64 and P == N:
         return Settings(64, 64, Launch(4, 3), *(Launch(4, min(2, stages)),) * 2, *(Launch(4, 2),) * 2)
     if widest > 64:
         return Settings(64, 32, Launch(4, 3), *(Launch(4, stages),) * 2, *(Launch(8, 2),) * 2)
     return Settings(128, 64, Launch(4, 3), *(Launch(8, stages),) * 2, *(Launch(8, 2),) * 2)
+
+
+def _stages(chunk: int, P: int, N: int, size: int, shared_memory: int) -> int:
+    """A chunk's two states and its tokens are buffered as often as there is room for beside what stays."""
+    stays, buffered = (2 * chunk * N + 2 * chunk * P) * size + 8192, (2 * P * N + chunk * P) * size
+    return max(1, min(3, (shared_memory - stays) // buffered))
 
 
 def file_of(device: torch.device) -> Path:

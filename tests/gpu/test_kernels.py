@@ -33,10 +33,11 @@ def compare(
     dtype: torch.dtype,
     cu_seqlens: torch.Tensor | None = None,
     edges: bool = False,
+    truth: str = "reference",
 ) -> None:
     given = {name: tensor.cuda().to(dtype if name in ROUNDED else torch.float32) for name, tensor in inputs.items()}
     cu_seqlens = None if cu_seqlens is None else cu_seqlens.cuda()
-    expected = gradients({name: t.double() for name, t in given.items()}, cu_seqlens, edges, "reference")
+    expected = gradients({name: t.double() for name, t in given.items()}, cu_seqlens, edges, truth)
     found = gradients(given, cu_seqlens, edges, "triton")
     for what, tensor in expected.items():
         assert_close(found[what], tensor, TOLERANCES[dtype], what, floor=1e-6)
@@ -60,6 +61,41 @@ def test_rows(
 def test_packed(edges: bool, dtype: torch.dtype) -> None:
     documents = len(PACKED) if edges else 0
     compare(make_inputs(1, sum(PACKED), 4, 64, 1, 64, documents=documents), dtype, borders(PACKED), edges)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("lengths", [[9001], [3000, 6001], [2048, 2048, 4096]], ids=str)
+def test_across_segments(lengths: list[int], dtype: torch.dtype) -> None:
+    """States go through several segments; of heads that forget soon little of one is read, of others all."""
+    inputs = make_inputs(1, sum(lengths), 4, 64, 1, 64)
+    inputs["dt_2BLH"] = inputs["dt_2BLH"] * torch.tensor([1e-3, 1e-2, 0.1, 1.0])
+    compare(inputs, dtype, borders(lengths), truth="torch")
+
+
+def test_a_million_tokens() -> None:
+    """Offsets beyond 32 bits: what stands at the end equals what it is alone, also that of a document that began long
+    before, of which its heads have forgotten all but a few thousand tokens."""
+    tokens, last, window, checked = 2**20, 3000, 8192, 1000
+    torch.manual_seed(0)
+    mixer = HydraMixer(d_model=1024, device="cuda", backend="triton")
+    mixer.dt_bias.data += 3.0
+    x_1TD, grad_1TD = (torch.randn(1, tokens, 1024, device="cuda").bfloat16() for _ in range(2))
+
+    def found(first: int, *lengths: int) -> torch.Tensor:
+        """Output and gradient of some tokens."""
+        piece = slice(first, first + sum(lengths))
+        x = x_1TD[:, piece].clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            y = mixer(x, borders(list(lengths)).cuda())
+        y.backward(grad_1TD[:, piece])
+        assert x.grad is not None
+        return torch.stack((y.detach(), x.grad))
+
+    end = tokens - last
+    whole = found(0, end, last)
+    assert_close(whole[:, :, end:], found(end, last), 1e-2, "the last document")
+    alone = found(end - window, window)
+    assert_close(whole[:, :, end - checked : end], alone[:, :, -checked:], 1e-2, "the end of the one before")
 
 
 def test_two_backward_passes_are_bit_equal() -> None:

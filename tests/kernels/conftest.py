@@ -23,5 +23,6 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two chunks a segment, so that states cross segments at small shapes."""
+    """Two chunks a segment, and two parts, so that states cross segments at small shapes."""
     monkeypatch.setattr(chunks, "SEGMENT_TOKENS", 32)
+    monkeypatch.setattr(chunks, "PART_TOKENS", 16)

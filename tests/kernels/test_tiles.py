@@ -16,4 +16,4 @@ def test_usual_shapes_have_descriptors(headdim: int, d_state: int, columns: int,
     rows = torch.zeros(100, columns, dtype=torch.bfloat16)
     x_THP = rows[:, : 4 * headdim].unflatten(1, (4, headdim))
     states = torch.zeros(2, 2, 4, headdim, d_state, dtype=torch.bfloat16)
-    assert _Tiles.of(cut(100, None, 64), states, x_THP).described == described
+    assert _Tiles.of(cut(100, 4, None, 64), states, x_THP).described == described

@@ -8,7 +8,15 @@ from compare import assert_all_close, with_gradients
 from test_mixer import FILES, load
 from test_scan import borders, make_inputs
 
-from hydra_kernels import HydraMixer, Leaving, add_norm, depthwise_conv_silu, entered_from, quasiseparable_scan
+from hydra_kernels import (
+    HydraMixer,
+    Leaving,
+    add_norm,
+    chunks,
+    depthwise_conv_silu,
+    entered_from,
+    quasiseparable_scan,
+)
 from hydra_kernels.triton_operators import _rows
 
 FP32 = 1e-5
@@ -43,6 +51,18 @@ def test_rows(batch: int, seqlen: int, nheads: int, headdim: int, ngroups: int, 
 def test_packed(lengths: list[int], edges: bool) -> None:
     inputs = make_inputs(1, sum(lengths), 2, 5, 1, 3, documents=len(lengths) if edges else 0)
     compare(inputs, borders(lengths), return_final_states=edges)
+
+
+@pytest.mark.parametrize("lengths", [[150], [70, 80]], ids=str)
+def test_of_what_heads_have_forgotten_nothing_is_read(lengths: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two parts to a segment, of which a head's decay reaches all, the nearest or none, and steps of exactly zero."""
+    monkeypatch.setattr(chunks, "SEGMENT_TOKENS", 64)
+    monkeypatch.setattr(chunks, "PART_TOKENS", 32)
+    inputs = make_inputs(1, 150, 4, 5, 1, 3)
+    inputs["A_H"] = torch.full((4,), -1.0, dtype=torch.float64)
+    inputs["dt_2BLH"] *= torch.tensor([1e-3, 0.3, 1.0, 6.0])
+    inputs["dt_2BLH"][:, :, 20:30] = 0.0
+    compare(inputs, borders(lengths))
 
 
 def test_documents_do_not_touch_each_other() -> None:
