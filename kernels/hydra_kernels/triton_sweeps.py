@@ -1,6 +1,6 @@
 """The sweeps over the chunks of a scan, and the pass over its segments: what is launched.
 
-Shape letters as in triton_scan; M segments.
+Shape letters as in triton_scan; M segments, J parts of each.
 """
 
 from typing import NamedTuple
