@@ -8,9 +8,9 @@ SEGMENT_TOKENS = 2048
 """A state is carried through so many tokens by one program of the GPU, or through more where there are many."""
 _LONGEST_SEGMENT = 16384
 PART_TOKENS = 1024
-"""What leaves a segment is summed by programs of so many tokens each, for few heads remember a whole segment."""
+"""What leaves a segment is summed by programs of so many tokens each: those that a head has forgotten are skipped."""
 _SWEEPS_WANTED = 512
-"""Four programs for each of 132 multiprocessors, which is what registers and shared memory hold."""
+"""Nearly four programs for each of 132 multiprocessors: more do not fit, and fewer leave memory idle."""
 _SHORTEST = 16
 
 

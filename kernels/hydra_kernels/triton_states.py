@@ -1,11 +1,11 @@
 """States at the edges of chunks: two sweeps over the chunks of each segment, and between them a pass over the segments.
 
 A sweep carries the state through chunks in registers. The first starts from nothing and writes only what leaves its
-segment, where a document goes on behind it. Several programs share a segment, and one whose tokens fp32 cannot tell
-from zero behind the segment reads nothing: most heads forget within a few chunks. The pass carries the fp32 states of
-the segments along. The second sweep starts from what enters its segment and writes what enters every chunk, in the
-input's dtype: so chunk states are written once, rounded once, and never read to be mended. What enters a stretch of a
-sequence that is divided over ranks is such a pass over the ranks.
+segment, where a document goes on behind it. Several programs share a segment, and one whose tokens its head has
+forgotten behind the segment, as far as fp32 can tell, reads nothing. The pass carries the fp32 states of the segments
+along. The second sweep starts from what enters its segment and writes what enters every chunk, in the input's dtype: so
+chunk states are written once, rounded once, and never read to be mended. What enters a stretch of a sequence that is
+divided over ranks is such a pass over the ranks.
 
 The gradient of the states flows the other way: the same sweeps with the output's gradient for x and C for B.
 """

@@ -13,7 +13,7 @@ import torch
 from .triton_language import tl, triton
 
 _LEAST_STEP = tl.constexpr(2.0**-64)
-"""A token writes at least with so much, whatever its dt: then its share of a sum of products can be told from dt."""
+"""Where its logarithm is taken dt counts as at least this, so that a sum with it as a factor can be divided by it."""
 
 
 class Steps(NamedTuple):
