@@ -67,9 +67,9 @@ SHIPPED: dict[tuple[int, int], dict[_Key, Settings]] = {
         ),
     },
 }
-"""By compute capability; found by `bench tune` on an NVIDIA H200 (docs/performance.md), fp16 as bf16. Three stages: two
-heads are on their way while one is computed with, in just so much shared memory that a multiprocessor has room for two
-programs."""
+"""By compute capability; found by `bench tune` on an NVIDIA H200 (docs/performance.md), fp16 as bf16. With three stages
+two heads are on their way while one is computed with; at (64, 64) in 16 bits a multiprocessor has just room for two
+such programs."""
 
 
 def settings(headdim: int, d_state: int, dtype: torch.dtype, device: torch.device) -> Settings:
@@ -93,13 +93,12 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def by_rule(headdim: int, d_state: int, dtype: torch.dtype, shared_memory: int = _HOPPER) -> Settings:
-    """What has worked at these widths, for shapes and devices that nobody measured; shared_memory in bytes."""
+    """What was fastest at widths near these on an H200, or has worked on other devices; shared_memory in bytes."""
     P, N = padded_width(headdim), padded_width(d_state)
     if dtype == torch.float32:
         return _in_fp32(P, N, shared_memory)
     if shared_memory < _HOPPER:
         return _in_little_memory(P, N, dtype, shared_memory)
-    # with one stage `transposed` is compiled wrongly for heads of 32 (Triton 3.6)
     if P * N > 8192:
         return Settings(64, 64, Launch(4, 3), *(Launch(4, 2),) * 3, across=Launch(8, 2))
     if max(P, N) > 64:

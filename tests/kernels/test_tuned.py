@@ -35,6 +35,15 @@ def test_a_file_comes_before_the_rule_for_its_shapes_only() -> None:
     assert settings(16, 16, torch.bfloat16, CPU) == by_rule(16, 16, torch.bfloat16)
 
 
+def test_half_precisions_share_what_is_shipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU without a file")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    device = torch.device("cuda")
+    shipped = tuned.SHIPPED[9, 0][64, 128, "bfloat16"]
+    assert shipped != by_rule(64, 128, torch.float16)
+    assert settings(64, 128, torch.float16, device) == settings(64, 128, torch.bfloat16, device) == shipped
+
+
 def test_what_a_process_has_read_stays() -> None:
     rule = by_rule(16, 16, torch.float32)
     write(file_of(CPU), {(16, 16, "float32"): rule._replace(forward_chunk=16)})

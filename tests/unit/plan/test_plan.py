@@ -26,9 +26,10 @@ LARGE = Path(__file__).parents[3] / "configs" / "hydra-large.yaml"
 GB = 1e9
 SHARED_INPUTS = "training.recompute.kind=full training.recompute.together=7"
 LAYER = 2 * 1024 + 2 * (4 * 1024 + 4 * 64 + 2 * 32) + 2 * 2 * 2048 + 4 * 1024 + 2 * 2 * 2048 * 64 / 2048
-LAYER_OF_MANY = LAYER - 2 * 2 * 2048 * 64 * (1 / 2048 - 1 / 16384)
 """Bytes a token, d_model 1024 in bf16: the layer's input, the projection, what scan and norm gave, the fp32 sum, and
-every 2,048 tokens, or where a rank has many every 16,384, the states of both scans."""
+every 2,048 tokens the states of both scans."""
+LAYER_OF_MANY = LAYER - 2 * 2 * 2048 * 64 * (1 / 2048 - 1 / 16384)
+"""Where a rank has half a million tokens: those states every 16,384."""
 BACKWARD = 2 * (4416 + 2 * 2304 + 2048) + 8 * 256 + 4 * 1024
 """A token in the backward pass of a layer: gradients of the projection, of the convolution and its result again, the
 gradient that came; gradients of B and C twice in fp32; one of the residual stream."""
