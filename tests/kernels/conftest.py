@@ -1,24 +1,9 @@
-"""Memory that nobody wrote to holds NaN, so that reading it fails a comparison; segments are short."""
-
-from collections.abc import Iterator
+"""Memory that nobody wrote to holds NaN; segments are short."""
 
 import pytest
-import torch
+from poison import poisoned_memory as poisoned_memory
 
 from hydra_kernels import chunks
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> Iterator[None]:
-    deterministic, fill = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
-    )
-    torch.use_deterministic_algorithms(True)  # with it torch.empty fills with NaN
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture(autouse=True)
