@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from hydra_kernels import keyed_dropout
 from hydra_scale.config import ModelConfig
-from hydra_scale.model.dropout import keyed_dropout
 from hydra_scale.model.norm import LayerNorm
 from hydra_scale.parallel.placement import note_copy
 from hydra_scale.parallel.tensor import WordEmbedding, own_tokens, seen_by_all
@@ -22,7 +22,7 @@ class Embedding(nn.Module):
         self.position = nn.Embedding(config.max_positions, config.d_model) if learned else None
         self.norm = LayerNorm(config.d_model, config.embedding_norm_eps, tensor)
         self._tensor = tensor
-        self._dropout, self._dropout_key = config.dropout, dropout_key
+        self._dropout, self._dropout_key, self._backend = config.dropout, dropout_key, config.mixer.backend
 
     def forward(
         self, input_ids_T: torch.Tensor, position_ids_T: torch.Tensor, token_keys_T: torch.Tensor
@@ -33,8 +33,10 @@ class Embedding(nn.Module):
             places_T = own_tokens(position_ids_T, self._tensor)
             x_TD = x_TD + nn.functional.embedding(places_T, seen_by_all(self.position.weight, self._tensor))
         x_TD = self.norm(x_TD)
+        if not self.training:
+            return x_TD
         token_keys_T = own_tokens(token_keys_T, self._tensor)
-        return keyed_dropout(x_TD, token_keys_T, self._dropout, self._dropout_key) if self.training else x_TD
+        return keyed_dropout(x_TD, token_keys_T, self._dropout, self._dropout_key, backend=self._backend)
 
 
 class WordsOfLastStage(nn.Module):

@@ -15,9 +15,8 @@ from hydra_scale.model.norm import LayerNorm
 from hydra_scale.model.recompute import KEEP_ALL
 from hydra_scale.model.stretch import Stretch
 from hydra_scale.parallel.tensor import (
-    cross_entropy,
     divided,
-    likeliest,
+    score,
     share,
     vocabulary_logits,
     with_all_tokens_alike,
@@ -92,8 +91,9 @@ class MaskedLanguageModel(nn.Module):
         gathers its weights for each.
         """
         super().__init__()
-        self._score_blocks = score_blocks
+        self._score_blocks, self._backend = score_blocks, config.mixer.backend
         self._captured: CapturedLayers | None = None
+        self._computes_again = recompute.kind != "none"
         self._context, self._halo, self._tensor, self._stage = context, config.mixer.d_conv // 2, tensor, stage
         if stage.is_first:
             self.embedding: Embedding | WordsOfLastStage = Embedding(config, vocab_size, dropout_key, tensor)
@@ -105,7 +105,7 @@ class MaskedLanguageModel(nn.Module):
 
     def capture(self) -> None:
         """Run the layers as CUDA graphs from now on, wherever gradients are wanted."""
-        self._captured = CapturedLayers(self.encoder)
+        self._captured = CapturedLayers(self.encoder, self._computes_again)
 
     def release(self) -> None:
         """Let go of CUDA graphs, whatever still refers to them."""
@@ -167,5 +167,5 @@ class MaskedLanguageModel(nn.Module):
 
     def _score(self, vectors_MD: torch.Tensor, targets_M: torch.Tensor) -> LossSums:
         logits_MV = self.head(vectors_MD, self.embedding.word.weight)
-        loss = cross_entropy(logits_MV, targets_M, self._tensor).sum()
-        return LossSums(loss, (likeliest(logits_MV, self._tensor) == targets_M).sum())
+        losses_M, likeliest_M = score(logits_MV, targets_M, self._tensor, self._backend)
+        return LossSums(losses_M.sum(), (likeliest_M == targets_M).sum())

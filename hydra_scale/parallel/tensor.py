@@ -24,6 +24,7 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import nn
 
+from hydra_kernels import cross_entropy
 from hydra_scale.parallel.placement import Placement, place
 from hydra_scale.topology import TensorRanks
 
@@ -228,20 +229,20 @@ def vocabulary_logits(
     return nn.functional.linear(x_MD, word_embedding_VD, bias_V)
 
 
-def cross_entropy(logits_MV: torch.Tensor, targets_M: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
-    """-log softmax(logits)[target] of each row, in fp32 (fp64 for fp64 logits of a whole vocabulary): (M,)."""
-    if tensor.size > 1:
-        return vocab_parallel_cross_entropy(logits_MV.float()[:, None], targets_M[:, None])[:, 0]
-    logits = logits_MV if logits_MV.dtype == torch.float64 else logits_MV.float()
-    return nn.functional.cross_entropy(logits, targets_M, reduction="none")
+def score(
+    logits_MV: torch.Tensor, targets_M: torch.Tensor, tensor: TensorRanks, backend: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-log softmax(logits)[target] of each row, in fp32 (fp64 for fp64 logits of a whole vocabulary), and the likeliest
+    token of the whole vocabulary: (M,) and int64 (M,). `backend`: of the kernels, which a whole one is scored by."""
+    if tensor.size == 1:
+        return cross_entropy(logits_MV, targets_M, backend=backend)
+    losses_M = vocab_parallel_cross_entropy(logits_MV.float()[:, None], targets_M[:, None])[:, 0]
+    return losses_M, _likeliest(logits_MV, tensor)
 
 
 @torch.no_grad()
-def likeliest(logits_MV: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
-    """Token with the highest score over the whole vocabulary, int64 (M,)."""
+def _likeliest(logits_MV: torch.Tensor, tensor: TensorRanks) -> torch.Tensor:
     value_M, token_M = logits_MV.max(-1)
-    if tensor.size == 1:
-        return token_M
     values_MW = gather_from_tensor_model_parallel_region(value_M[:, None].contiguous())
     tokens_MW = gather_from_tensor_model_parallel_region(token_M[:, None] + tensor.rank * logits_MV.shape[1])
     return tokens_MW.gather(1, values_MW.argmax(1, keepdim=True))[:, 0]

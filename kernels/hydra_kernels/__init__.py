@@ -3,7 +3,9 @@
 from .backends import BACKENDS, resolve_backend
 from .border import state_after
 from .conv import depthwise_conv_silu
+from .cross_entropy import cross_entropy
 from .documents import Documents
+from .dropout import keyed_dropout
 from .exchange import Entered, Exchange, Leaving, entered_from
 from .mix_arguments import MixShape, MixWeights
 from .mixer import HydraMixer, ScanOperands, hydra_mix, hydra_mix_of_stretch, scan_operands
@@ -22,11 +24,13 @@ __all__ = [
     "MixWeights",
     "ScanOperands",
     "add_norm",
+    "cross_entropy",
     "depthwise_conv_silu",
     "entered_from",
     "gated_rms_norm",
     "hydra_mix",
     "hydra_mix_of_stretch",
+    "keyed_dropout",
     "quasiseparable_scan",
     "resolve_backend",
     "scan_operands",

@@ -98,6 +98,8 @@ class Documents(NamedTuple):
                 )
             return cu_seqlens
         lengths = check_cu_seqlens(cu_seqlens, batch, seqlen)
+        if torch.device(device).type == "cuda" and not cu_seqlens.is_cuda:
+            cu_seqlens = cu_seqlens.pin_memory()  # else the copy begins only when the device is idle
         borders = cu_seqlens.to(device, non_blocking=True)
         token = torch.arange(seqlen, device=device, dtype=borders.dtype)
         document = torch.searchsorted(borders, token, right=True)

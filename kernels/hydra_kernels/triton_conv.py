@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .triton_language import tl, triton
+from .triton_sums import sum_of_parts
 
 
 class Walk(NamedTuple):
@@ -259,5 +260,5 @@ def conv_backward(
         num_channels, x_TC.stride(0), grad_TC.stride(0), grad_x_TC.stride(0), K=taps, HAS_BIAS=bias_C is not None,
         CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once, BLOCKS=rows // walk.rows_at_once, num_warps=walk.warps,
     )  # fmt: skip
-    sums = parts.sum(0)
+    sums = sum_of_parts(parts)
     return sums[:taps].T[:, None, :].contiguous(), sums[taps]

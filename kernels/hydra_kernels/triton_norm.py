@@ -6,6 +6,7 @@ import torch
 from torch.library import custom_op
 
 from .triton_language import OPERATORS, tl, triton
+from .triton_sums import sum_of_parts
 
 _ROWS = 32
 _STAGES = 3
@@ -119,7 +120,7 @@ def norm_backward(
         y_TC.stride(0), z_TC.stride(0), grad_TC.stride(0), grad_y_TC.stride(0), grad_z_TC.stride(0),
         GIVEN=grad_squares_T is not None, BLOCK=block, ROWS=_ROWS, STAGES=_STAGES, num_warps=_warps(block),
     )  # fmt: skip
-    return parts.sum(0)
+    return sum_of_parts(parts)
 
 
 @custom_op(f"{OPERATORS}::gated_rms_norm", mutates_args=())

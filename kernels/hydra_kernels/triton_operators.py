@@ -128,6 +128,11 @@ def _fake(shape: Sequence[int], like: _Tensor, dtype: torch.dtype = torch.float3
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def _alone(tensor: _Tensor) -> _Tensor:
+    """A copy of a part of another tensor: two results of an operator may not lie in one."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
 def _or_empty(tensor: _Tensor | None, like: _Tensor, dtype: torch.dtype = torch.float32) -> _Tensor:
     return _fake((0,), like, dtype) if tensor is None else tensor
 
@@ -193,7 +198,7 @@ def _conv_backward(
 ) -> tuple[_Tensor, _Tensor, _Tensor]:
     grad_x_TC = _fake(x_TC.shape, x_TC, x_TC.dtype)
     grad_weight, grad_bias = conv_backward(x_TC, weight_C1K, bias_C, starts_T, ends_T, grad_TC, grad_x_TC)
-    return grad_x_TC, grad_weight.clone(), grad_bias.clone()  # the two lie in one tensor
+    return grad_x_TC, _alone(grad_weight), _alone(grad_bias)
 
 
 @_conv_backward.register_fake
@@ -265,7 +270,7 @@ def _mix_backward(
     kept = Kept(y_TI, inverse_T, diagonal_TH, entering, None)
     found = mix_backward(_shape(sizes, limits), None, grad_out_TI, kept, projected_TE, *parted(tensors))
     of_projection, *of_weights = (_or_empty(gradient, projected_TE) for gradient in found)
-    return [of_projection, *(gradient.clone() for gradient in of_weights)]  # two may lie in one tensor
+    return [of_projection, *(_alone(gradient) for gradient in of_weights)]
 
 
 @_mix_backward.register_fake

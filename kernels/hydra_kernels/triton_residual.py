@@ -6,8 +6,11 @@ import torch
 from torch.library import custom_op
 
 from .triton_language import OPERATORS, tl, triton
+from .triton_sums import sum_of_parts
 
-_ROWS = 16
+_ROWS = 32
+_STAGES = 3
+"""Of the backward pass: rows on their way while one is computed with, and it."""
 
 
 @triton.jit
@@ -41,7 +44,7 @@ def _add_norm_backward_kernel(
     total, weight, mean, inverse, grad, grad_low, grad_x, grad_branch, parts, num_tokens, width,
     stride_grad, stride_low,
     CENTRED: tl.constexpr, HAS_GRAD: tl.constexpr, HAS_LOW: tl.constexpr, HAS_BRANCH: tl.constexpr,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one or both results, the same for both summands; parts (programs, 1 or 2, D) for weight and bias."""
     channel = tl.arange(0, BLOCK)
@@ -49,7 +52,7 @@ def _add_norm_backward_kernel(
     weight_D = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
     of_weight = tl.zeros((BLOCK,), tl.float32)
     of_bias = tl.zeros((BLOCK,), tl.float32)
-    for index in range(ROWS):
+    for index in tl.range(0, ROWS, num_stages=STAGES):
         row = tl.program_id(0).to(tl.int64) * ROWS + index
         exists = row < num_tokens
         here = mask & exists
@@ -134,17 +137,18 @@ def _add_norm_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of x; of the branch, empty where that is of one dtype with it; of weight and bias (1 or 2, D) in fp32."""
     num_tokens, width = total_TD.shape
-    grad_x, grad_branch, sums = _gradients_of_inputs(total_TD, mean_T, x_dtype, branch_dtype)
-    centred, num_parts = len(sums) == 2, triton.cdiv(num_tokens, _ROWS)
-    parts = torch.empty(num_parts, *sums.shape, dtype=torch.float32, device=total_TD.device)
+    grad_x, grad_branch = _gradients_of_inputs(total_TD, x_dtype, branch_dtype)
+    centred, num_parts = mean_T.numel() > 0, triton.cdiv(num_tokens, _ROWS)
+    parts = torch.empty(num_parts, 2 if centred else 1, width, dtype=torch.float32, device=total_TD.device)
     block = triton.next_power_of_2(width)
     strides = (0 if grad is None else grad.stride(0) for grad in (grad_TD, grad_low_TD))
     _add_norm_backward_kernel[(num_parts,)](
         total_TD, weight_D, mean_T if centred else None, inverse_T, grad_TD, grad_low_TD, grad_x, grad_branch, parts,
         num_tokens, width, *strides, CENTRED=centred, HAS_GRAD=grad_TD is not None, HAS_LOW=grad_low_TD is not None,
-        HAS_BRANCH=grad_branch.numel() > 0, BLOCK=block, ROWS=_ROWS, num_warps=_warps(block),
+        HAS_BRANCH=grad_branch.numel() > 0, BLOCK=block, ROWS=_ROWS, STAGES=_STAGES,
+        num_warps=_warps(block),
     )  # fmt: skip
-    return grad_x, grad_branch, torch.sum(parts, 0, out=sums)
+    return grad_x, grad_branch, sum_of_parts(parts)
 
 
 @_add_norm_backward.register_fake
@@ -152,17 +156,17 @@ def _(
     grad_TD: Any, grad_low_TD: Any, total_TD: torch.Tensor, weight_D: Any, mean_T: torch.Tensor, inverse_T: Any,
     x_dtype: torch.dtype, branch_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    return _gradients_of_inputs(total_TD, mean_T, x_dtype, branch_dtype)
+    sums = total_TD.new_empty(1 if mean_T.numel() == 0 else 2, total_TD.shape[1])
+    return *_gradients_of_inputs(total_TD, x_dtype, branch_dtype), sums
 
 
 def _gradients_of_inputs(
-    total_TD: torch.Tensor, mean_T: torch.Tensor, x_dtype: torch.dtype, branch_dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    total_TD: torch.Tensor, x_dtype: torch.dtype, branch_dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     grad_x = torch.empty_like(total_TD, dtype=x_dtype)
-    sums = total_TD.new_empty(1 if mean_T.numel() == 0 else 2, total_TD.shape[1])
     if branch_dtype == x_dtype:
-        return grad_x, grad_x.new_empty(0), sums
-    return grad_x, torch.empty_like(total_TD, dtype=branch_dtype), sums
+        return grad_x, grad_x.new_empty(0)
+    return grad_x, torch.empty_like(total_TD, dtype=branch_dtype)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:

@@ -20,11 +20,12 @@ from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
 from .triton_output import apply_kernel
 from .triton_steps import Steps, steps_backward_kernel, steps_kernel
+from .triton_sums import sum_of_parts
 from .triton_sweeps import States, Sweep, Totals, pass_segments
 from .triton_tiles import described, fits
 from .tuned import Launch, Settings, settings
 
-_HEADS_OF_STEPS = 8
+_HEADS_OF_STEPS, _HEADS_OF_STEPS_BACK = 8, 16
 _PROGRAMS_WANTED = 256
 """Heads of a group are shared out over so many programs that a GPU with 132 multiprocessors stays busy."""
 
@@ -304,13 +305,13 @@ def scan_backward(
     if exchange is not None and grad_readout is not None:
         # what no document reads from outside has no gradient: nothing arrives at a token behind a border
         given = exchange.rows(*grad_readout[:, 0])
-    sums = torch.empty(3, chunks.num, num_heads, dtype=torch.float32, device=x_THP.device)
-    steps_backward_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS))](
+    sums = torch.empty(chunks.num, 3, num_heads, dtype=torch.float32, device=x_THP.device)
+    steps_backward_kernel[(chunks.num, triton.cdiv(num_heads, _HEADS_OF_STEPS_BACK))](
         inputs.steps_2TH, inputs.bias_H, inputs.A_H, steps.dt, steps.through, read, written, read_across,
         written_across, kept, grad_diagonal, inputs.starts_T, inputs.ends_T, chunks.starts, grad_steps_2TH, sums,
         num_tokens, chunks.num, num_heads,
         *inputs.steps_2TH.stride(), *grad_steps_2TH.stride(), *inputs.step_limit,
-        Q=chunks.size, V=_HEADS_OF_STEPS, RAW=inputs.bias_H is not None, ALIGNED=aligned,
+        Q=chunks.size, V=_HEADS_OF_STEPS_BACK, RAW=inputs.bias_H is not None, ALIGNED=aligned,
         HAS_DIAGONAL=grad_diagonal is not None,
     )  # fmt: skip
     block = min(64, triton.next_power_of_2(4 * width))
@@ -323,5 +324,5 @@ def scan_backward(
         of_first_GN, of_last_GN = given()
         columns[0, 1, 1] += of_first_GN
         columns[-1, 0, 1] += of_last_GN
-    A_H, bias_H, D_H = sums.sum(1)
+    A_H, bias_H, D_H = sum_of_parts(sums)
     return ScanGradients(A_H, bias_H, D_H, grad_diagonal, edges_2SHPN, grad_readout)

@@ -129,7 +129,7 @@ def steps_backward_kernel(
     grad_stride_direction, grad_stride_token, grad_stride_head, limit_low, limit_high,
     Q: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, ALIGNED: tl.constexpr, HAS_DIAGONAL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the raw steps, and per chunk sums (3, num_chunks, H) fp32: gradients of A (RAW: of log(-A)), with
+    """Gradients of the raw steps, and per chunk sums (num_chunks, 3, H) fp32: gradients of A (RAW: of log(-A)), with
     RAW of the bias, and of the diagonal those (T, H) that are given.
 
     read[i], written[j] (2, H, T): sums of dM M over the row of a reading token and over the column of a written one,
@@ -192,12 +192,11 @@ def steps_backward_kernel(
         target = token.to(tl.int64)[:, None] * grad_stride_token + direction * grad_stride_direction
         target += head[None, :] * grad_stride_head
         tl.store(grad_raw + target, grad_dt.to(grad_raw.dtype.element_ty), mask=live)
-    slot = sums + chunk.to(tl.int64) * num_heads + head
-    kind = num_chunks * num_heads
+    slot = sums + chunk.to(tl.int64) * 3 * num_heads + head
     tl.store(slot, grad_A_V * (A_V if RAW else 1.0), mask=head < num_heads)
-    tl.store(slot + kind, grad_bias_V, mask=head < num_heads)
+    tl.store(slot + num_heads, grad_bias_V, mask=head < num_heads)
     total_V = tl.zeros((V,), tl.float32)
     if HAS_DIAGONAL:
         place = token.to(tl.int64)[:, None] * num_heads + head[None, :]
         total_V += tl.sum(tl.load(grad_diagonal + place, mask=live, other=0.0), 0)
-    tl.store(slot + 2 * kind, total_V, mask=head < num_heads)
+    tl.store(slot + 2 * num_heads, total_V, mask=head < num_heads)

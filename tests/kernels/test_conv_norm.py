@@ -6,6 +6,8 @@ from compare import assert_all_close, assert_close, with_gradients
 
 from hydra_kernels import depthwise_conv_silu, gated_rms_norm, sum_of_squares
 from hydra_kernels.reference import gated_norm
+from hydra_kernels.triton_language import interpreted
+from hydra_kernels.triton_sums import sum_of_parts
 
 LAYOUTS = {"row": None, "packed": [3, 1, 20, 7, 1], "one": [32]}
 
@@ -90,3 +92,9 @@ def test_gated_norm_works_in_fp32() -> None:
     assert found.dtype == torch.bfloat16
     assert sum_of_squares(y).dtype == torch.float32
     assert_close(found, gated_norm(y.double(), z.double(), torch.ones(64), 1e-5), 3e-3)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (255, 7), (700, 2, 19)], ids=str)
+def test_sums_of_parts(shape: tuple[int, ...]) -> None:
+    parts = draw(*shape).float().to("cpu" if interpreted else "cuda")
+    assert_close(sum_of_parts(parts), parts.double().sum(0), 1e-6)

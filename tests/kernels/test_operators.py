@@ -16,8 +16,10 @@ from hydra_kernels import (
     Documents,
     HydraMixer,
     add_norm,
+    cross_entropy,
     depthwise_conv_silu,
     gated_rms_norm,
+    keyed_dropout,
     quasiseparable_scan,
     sum_of_squares,
 )
@@ -85,6 +87,14 @@ CASES: dict[str, Case] = {
     "sum and RMS norm": (
         lambda x, branch, weight: add_norm(x, branch, weight, None, backend="triton"),
         lambda: [drawn(T, D), drawn(T, D), drawn(D)],
+    ),
+    "dropout": (
+        lambda x: keyed_dropout(x, torch.arange(T, device=DEVICE) + 2**40, 0.5, 7, backend="triton"),
+        lambda: [drawn(T, D)],
+    ),
+    "cross entropy": (
+        lambda logits: cross_entropy(logits, torch.arange(T, device=DEVICE), backend="triton")[0],
+        lambda: [drawn(T, D)],
     ),
     "mixer without biases, with initial states": (
         mixer(conv_bias=False, learnable_init_states=True), lambda: [drawn(2, T, D)]

@@ -1,8 +1,12 @@
 """Keyed dropout: rate, scale, independence, and that it depends on nothing but its keys."""
 
+import pytest
 import torch
 
-from hydra_scale.model.dropout import keyed_dropout
+from hydra_kernels import keyed_dropout
+from hydra_kernels.triton_language import interpreted
+
+DEVICE = "cpu" if interpreted else "cuda"
 
 
 def test_rate_and_scale() -> None:
@@ -37,3 +41,18 @@ def test_large_keys_differ_beyond_32_bits() -> None:
     masks = keyed_dropout(torch.ones(3, 4096), keys, 0.5, 1) != 0
     assert 0.4 < (masks[0] == masks[1]).double().mean() < 0.6
     assert 0.4 < (masks[1] == masks[2]).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_gradient_is_dropped_like_the_value(backend: str) -> None:
+    """By every backend the same elements, also of rows with a stride."""
+    keys = torch.tensor([0, 1, 2**31, 2**32 + 1, 2**40, 2**50], device=DEVICE)
+    wide = torch.randn(6, 2100, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    x, rate = wide[:, :1100], 0.6
+    y = keyed_dropout(x, keys, rate, 12345, backend=backend)
+    kept = keyed_dropout(torch.ones_like(x), keys, rate, 12345, backend="torch") != 0
+    assert 0.3 < kept.double().mean() < 0.5
+    assert torch.equal(y, torch.where(kept, x * (1 / (1 - rate)), 0.0))
+    (grad,) = torch.autograd.grad(y, wide, torch.full_like(y, 3.0))
+    assert torch.equal(grad[:, :1100], torch.where(kept, torch.tensor(3.0, device=DEVICE) * (1 / (1 - rate)), 0.0))
+    assert not grad[:, 1100:].any()

@@ -5,10 +5,18 @@ No generator state exists, so there is none to store.
 
 import torch
 
+from .backends import resolve_backend
+from .triton_language import available
+
+if available:
+    from .triton_dropout import triton_keyed_dropout
+
 _32_BITS = 0xFFFFFFFF
 
 
-def keyed_dropout(x_TD: torch.Tensor, token_keys_T: torch.Tensor, rate: float, key: int) -> torch.Tensor:
+def keyed_dropout(
+    x_TD: torch.Tensor, token_keys_T: torch.Tensor, rate: float, key: int, *, backend: str = "auto"
+) -> torch.Tensor:
     """Zero each element with probability `rate`, scale the rest by 1 / (1 - rate).
 
     Args:
@@ -16,13 +24,17 @@ def keyed_dropout(x_TD: torch.Tensor, token_keys_T: torch.Tensor, rate: float, k
         token_keys_T: int64, a number that is the token's own in the whole run.
         rate: in [0, 1); 0 returns the input.
         key: seed of the run.
+        backend: as in `quasiseparable_scan`; each drops the same elements.
     """
     if rate == 0.0:
         return x_TD
+    threshold, scale, of_run = int(rate * 2**32), 1.0 / (1.0 - rate), key * 0x9E3779B1
+    if resolve_backend(backend, x_TD) == "triton" and x_TD.numel():
+        return triton_keyed_dropout(x_TD, token_keys_T, of_run, threshold, scale)
+    of_token_T = _hash32(token_keys_T ^ of_run)
     channels_D = torch.arange(x_TD.shape[-1], device=x_TD.device, dtype=torch.int64)
-    bits_TD = _hash32(_hash32(token_keys_T ^ (key * 0x9E3779B1))[:, None] + channels_D * 0x85EBCA6B)
-    keep_TD = bits_TD >= int(rate * 2**32)
-    return x_TD * keep_TD * (1.0 / (1.0 - rate))
+    keep_TD = _hash32(of_token_T[:, None] + channels_D * 0x85EBCA6B) >= threshold
+    return x_TD * keep_TD * scale
 
 
 def _hash32(value: torch.Tensor) -> torch.Tensor:
