@@ -51,6 +51,16 @@ class Accelerator:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the host, on the device once that has done what it was given; nothing waits for it."""
+        if self.device.type == "cuda" and not tensor.is_cuda:
+            tensor = tensor.pin_memory()  # else the copy begins only when the device is idle
+        return tensor.to(self.device, non_blocking=True)
+
+    def fetch(self, tensor: torch.Tensor) -> "Fetched":
+        """What stands in a tensor of the device now, for the host to read later; the device is given more meanwhile."""
+        return Fetched(tensor)
+
     def stopwatch(self) -> "Stopwatch":
         """Measures the device's work between two moments, without waiting for it."""
         return Stopwatch(self.device)
@@ -66,6 +76,22 @@ class Accelerator:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Fetched:
+    """Values on their way from a device to the host."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._copy = tensor.to("cpu", non_blocking=True, copy=True)
+        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def values(self) -> Any:
+        """Waits for them, not for what the device was given after them. Nested lists of numbers."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._copy.tolist()
 
 
 class Stopwatch:

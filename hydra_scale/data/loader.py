@@ -62,7 +62,7 @@ class Batch:
         longest = max(at_least, self.input_ids.numel())
         whole = self.padded(-(-longest // parts) * parts) if divides_evenly else self
         here = whole if context is None else whole.stretch(*context.stretch(whole.input_ids.numel()))
-        return here.to(topology.accelerator.device)
+        return here.moved(topology.accelerator.send)
 
     def padded(self, length: int) -> "Batch":
         """With one piece more, of token 0 and nothing to predict, up to `length` tokens."""
@@ -88,11 +88,12 @@ class Batch:
             targets=self.targets[begin:stop],
         )
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on `device`; borders stay on the host, where they are checked."""
-        moved: dict[str, Any] = {k: v.to(device) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        del moved["cu_seqlens"]
-        return replace(self, **moved)
+    def moved(self, send: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch with its tensors where `send` brings them; borders stay on the host, where they are checked."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        del tensors["cu_seqlens"]
+        sent: dict[str, Any] = {name: send(tensor) for name, tensor in tensors.items()}
+        return replace(self, **sent)
 
 
 class Prefetched(NamedTuple):

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 from torch.linalg import vector_norm
 
 _sum_shares = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name before torch 2.13
@@ -28,7 +27,6 @@ class OwnGradients(list[torch.Tensor]):
 class _Group:
     flat: torch.Tensor
     """Gradients of all parameters of the group, filled up with zeros to equal shares of the ranks."""
-    places: list[tuple[nn.Parameter, torch.Tensor]]
     own: OwnGradients
 
 
@@ -42,6 +40,8 @@ class FlatGradients:
             hook.remove()
         zero._grad_acc_hooks.clear()
         zero._update_model_bit16_weights = lambda group: None  # weights are views of the flat ones already
+        zero.free_grad_in_param_list = lambda params: None  # gradients stay where they are
+        zero.zero_grad = lambda set_to_none=True: None  # `start` does it
         self._zero, self._data_group = zero, data_group
         rank, size = dist.get_rank(data_group), dist.get_world_size(data_group)
         flats = zip(zero.bit16_groups_flat, zero.bit16_groups, strict=True)
@@ -51,8 +51,6 @@ class FlatGradients:
         """Zeros, where backward passes will add."""
         for group in self._groups:
             group.flat.zero_()
-            for parameter, place in group.places:
-                parameter.grad = place  # DeepSpeed's step takes it away
 
     def finish(self) -> None:
         """Average over the ranks, each its own share, and hand it to DeepSpeed's step."""
@@ -86,13 +84,12 @@ def _group(weights: torch.Tensor, params: list[Any], rank: int, size: int) -> _G
     flat = torch.zeros_like(weights)
     share = flat.numel() // size
     first, end = rank * share, (rank + 1) * share
-    places, own = [], OwnGradients()
+    own = OwnGradients()
     for parameter in params:
         start = parameter.data.storage_offset() - weights.storage_offset()
         stop = start + parameter.numel()
-        parameter.main_grad = flat[start:stop].view_as(parameter)
-        places.append((parameter, parameter.main_grad))
+        parameter.grad = parameter.main_grad = flat[start:stop].view_as(parameter)
         if max(start, first) < min(stop, end):
             own.append(flat[max(start, first) : min(stop, end)])
     own.flat_partition = flat[first:end]
-    return _Group(flat, places, own)
+    return _Group(flat, own)

@@ -27,24 +27,27 @@ def train_step(
     """
     num_tokens = sum(batch.input_ids.numel() for batch in batches)
     batches = on_rank(batches, topology)
-    num_masked = int(sum_over_ranks([batch.targets.numel() for batch in batches], topology))
+    num_masked, num_tokens = sum_over_ranks([sum(b.targets.numel() for b in batches), num_tokens], topology)
     scale = topology.data_size / max(1, num_masked)
     sums = optimizer.accumulate(batches, scale)
     topology.sum_over_batch(sums)
-    # who asks about the loss waits for it; without, the host goes on to start the update
-    grad_norm = optimizer.step(lr, discard=allows is not None and not allows(float(sums[0]) / max(1, num_masked)))
-    loss_sum, num_right = sums.tolist()
+    # read as it stands before the update, so that the host prepares the next step while the device makes that
+    found = topology.accelerator.fetch(sums)
+    grad_norm = optimizer.step(lr, discard=allows is not None and not allows(found.values()[0] / max(1, num_masked)))
+    loss_sum, num_right = found.values()
     return StepResult(
         loss=loss_sum / max(1, num_masked),
         masked_accuracy=num_right / max(1, num_masked),
         grad_norm=grad_norm,
-        num_tokens=int(sum_over_ranks([num_tokens], topology)) * topology.batch_size // topology.data_size,
+        num_tokens=num_tokens * topology.batch_size // topology.data_size,
         num_masked=num_masked,
     )
 
 
-def sum_over_ranks(values: list[int], topology: Topology) -> float:
-    """Sum of `values` and of those of the other data and context parallel ranks."""
-    total = torch.tensor(float(sum(values)), dtype=torch.float64, device=topology.accelerator.device)
-    dist.all_reduce(total, group=topology.data_group)
-    return total.item()
+def sum_over_ranks(counts: list[int], topology: Topology) -> list[int]:
+    """Each of `counts` with those of the other data and context parallel ranks added."""
+    if topology.data_size == 1:
+        return counts  # without waiting for the device
+    totals = torch.tensor(counts, device=topology.accelerator.device)
+    dist.all_reduce(totals, group=topology.data_group)
+    return totals.tolist()
