@@ -7,10 +7,13 @@ are a measured constant.
 
 from dataclasses import dataclass
 
+import torch
+
 from hydra_kernels.chunks import segment_tokens
 from hydra_scale.model.build import score_blocks
+from hydra_scale.model.captured import why_not_captured
 from hydra_scale.plan.layout import Layout
-from hydra_scale.plan.parameters import rank_parameters
+from hydra_scale.plan.parameters import linear_parameters, rank_parameters
 from hydra_scale.topology import Stage
 
 FP32 = 4
@@ -21,7 +24,7 @@ BACKWARD_CHUNK = 64
 EMBEDDING_KEEPS = 2.25
 """Tensors of the residual stream's size: the sum of the embeddings, dropout's result, and its mask in bytes."""
 HEAD_BYTES = 12
-"""A score: log-probability and its gradient in fp32, the score and its gradient in bf16."""
+"""A score of a divided vocabulary: its exponential and that one's gradient in fp32, itself and its gradient in bf16."""
 BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's buffer for gradients on their way (reduce_bucket_size)."""
 LIVE_ELEMENTS = 1_000_000_000
@@ -33,9 +36,10 @@ class Memory:
     """Bytes of a rank by what they are for."""
 
     weights: int
+    """With the copies in 16 bits that layers as CUDA graphs multiply with."""
     gradients: int
     optimizer: int
-    """Both moments and the fp32 weights that AdamW updates; 0 if they are on the host."""
+    """Both moments, under ZeRO 3 also the fp32 weights that AdamW updates; 0 if they are on the host."""
     activations: int
     """Kept for backward passes by all micro batches on their way, and what one backward pass makes."""
     states: int
@@ -69,17 +73,28 @@ def stage_memory(layout: Layout, stage: Stage) -> Memory:
         buffers += FP32 * min(count, LIVE_ELEMENTS)
     kept = _kept(layout, stage)
     states = _states(layout) if any(kind == "H" for kind, _ in layout.layers_of(stage)) else 0.0
-    head = HEAD_BYTES * layout.masked_tokens / score_blocks(layout.tokens) * layout.vocab_size / layout.tensor
+    score = HEAD_BYTES if layout.tensor > 1 else 2 * layout.element_bytes  # and its gradient
+    head = score * layout.masked_tokens / score_blocks(layout.tokens) * layout.vocab_size / layout.tensor
     working = max(states + _backward_makes(layout, stage), head if stage.is_last else 0.0)
     return Memory(
-        weights=FP32 * (share if zero == 3 else count),
+        weights=FP32 * (share if zero == 3 else count) + _copies(layout, stage),
         gradients=FP32 * (count if zero == 1 else share),
-        optimizer=0 if config.zero.offload else 3 * FP32 * share,
+        optimizer=0 if config.zero.offload else (3 if zero == 3 else 2) * FP32 * share,
         activations=round(kept + working - states),
         states=round(states),
         buffers=buffers,
         accumulates=adds_in_place or layout.num_micro_batches > 1,
     )
+
+
+def _copies(layout: Layout, stage: Stage) -> int:
+    """Of the weights of linear layers, as autocast wants them: in CUDA graphs that keep all activations."""
+    config = layout.config
+    keeps_all = config.training.precision == "bf16" and config.training.recompute.kind == "none"
+    if not keeps_all or why_not_captured(config, torch.device("cuda")) is not None:
+        return 0
+    layers = layout.layers_of(stage).items()
+    return 2 * sum(number * linear_parameters(config.model, kind, layout.tensor) for (kind, _), number in layers)
 
 
 def _kept(layout: Layout, stage: Stage) -> float:

@@ -35,15 +35,35 @@ def _mixer(model: ModelConfig, tensor: int) -> int:
     mixer, width = model.mixer, model.d_model
     inner = mixer.expand * width // tensor
     heads = mixer.expand * width // mixer.headdim // tensor
-    readers = 4 * mixer.ngroups * mixer.d_state  # rows of B and C, forward and backward
-    if mixer.ngroups % tensor == 0:
-        readers //= tensor  # else every rank holds all of them
-    rows = 2 * inner + readers + 2 * heads
+    readers = _readers(model, tensor)
+    rows = _rows_of_projection(model, tensor)
     count = rows * width + inner * width  # projections in and out
     count += (inner + readers) * (mixer.d_conv + mixer.conv_bias)
     count += 3 * heads + heads * tensor * inner + inner  # dt_bias, A_log, D; fc_D; norm
     count += (rows + width) * mixer.bias
     return count + heads * mixer.headdim * mixer.d_state * mixer.learnable_init_states
+
+
+def linear_parameters(model: ModelConfig, kind: str, tensor: int) -> int:
+    """Of those, the weights of the linear layers around what the layer computes."""
+    width = model.d_model
+    if kind == "A":
+        return 4 * width * width // tensor
+    if kind == "M":
+        return 2 * width * round(model.mlp.expansion * width) // tensor
+    return width * (_rows_of_projection(model, tensor) + model.mixer.expand * width // tensor)
+
+
+def _rows_of_projection(model: ModelConfig, tensor: int) -> int:
+    """z, x, B and C, and both steps."""
+    inner = model.mixer.expand * model.d_model
+    return (2 * inner + 2 * inner // model.mixer.headdim) // tensor + _readers(model, tensor)
+
+
+def _readers(model: ModelConfig, tensor: int) -> int:
+    """Rows of B and C, forward and backward: where groups do not divide, every rank holds all of them."""
+    readers = 4 * model.mixer.ngroups * model.mixer.d_state
+    return readers // tensor if model.mixer.ngroups % tensor == 0 else readers
 
 
 def _norm(model: ModelConfig) -> int:
