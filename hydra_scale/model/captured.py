@@ -43,12 +43,13 @@ def why_not_captured(config: Config, device: torch.device) -> str | None:
 class CapturedLayers:
     """Layers that run as CUDA graphs, recorded at the first call, for that number of tokens; others run as they are."""
 
-    def __init__(self, layers: nn.Module, computes_again: bool = False) -> None:
+    def __init__(self, layers: nn.Module, casts_once: bool) -> None:
         """`layers` maps (T, D) and a stretch to (T, D), and looks at nothing else that changes but its parameters.
 
-        computes_again: in its backward pass, some of the forward one, which reads the parameters themselves.
+        casts_once: weights of linear layers for both passes; not where some of the forward one is computed again, which
+        would read the parameters themselves.
         """
-        self._layers, self._casts_once = layers, not computes_again
+        self._layers, self._casts_once = layers, casts_once
         self._passes: _Passes | None = None
 
     def __call__(self, x_TD: torch.Tensor, stretch: Stretch) -> torch.Tensor:

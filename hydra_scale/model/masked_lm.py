@@ -93,7 +93,8 @@ class MaskedLanguageModel(nn.Module):
         super().__init__()
         self._score_blocks, self._backend = score_blocks, config.mixer.backend
         self._captured: CapturedLayers | None = None
-        self._computes_again = recompute.kind != "none"
+        # on divided layers no GPU has run it yet
+        self._casts_once = recompute.kind == "none" and context is None and tensor.size == 1
         self._context, self._halo, self._tensor, self._stage = context, config.mixer.d_conv // 2, tensor, stage
         if stage.is_first:
             self.embedding: Embedding | WordsOfLastStage = Embedding(config, vocab_size, dropout_key, tensor)
@@ -105,7 +106,7 @@ class MaskedLanguageModel(nn.Module):
 
     def capture(self) -> None:
         """Run the layers as CUDA graphs from now on, wherever gradients are wanted."""
-        self._captured = CapturedLayers(self.encoder, self._computes_again)
+        self._captured = CapturedLayers(self.encoder, self._casts_once)
 
     def release(self) -> None:
         """Let go of CUDA graphs, whatever still refers to them."""

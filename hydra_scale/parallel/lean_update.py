@@ -40,8 +40,10 @@ def clip_in_update(zero: Any) -> None:
 def norm_at_once(zero: Any) -> float:
     """Of the gradients of all parameters over all ranks, as `zero.scaled_global_norm`, which starts three kernels a
     parameter, in fp64, and waits for the device once a group: of a step's time on an H100 a tenth."""
-    groups = zip(zero.averaged_gradients.values(), zero.params_in_partition, strict=True)
-    counted = [gradient for group in groups for gradient in _counted_here(*group)]
+    groups = enumerate(zero.params_in_partition)
+    counted = [
+        gradient for index, params in groups for gradient in _counted_here(zero.averaged_gradients[index], params)
+    ]
     if counted:
         norm = torch.nn.utils.get_total_norm(counted, foreach=True)
     else:

@@ -91,7 +91,8 @@ def _copies(layout: Layout, stage: Stage) -> int:
     """Of the weights of linear layers, as autocast wants them: in CUDA graphs that keep all activations."""
     config = layout.config
     keeps_all = config.training.precision == "bf16" and config.training.recompute.kind == "none"
-    if not keeps_all or why_not_captured(config, torch.device("cuda")) is not None:
+    is_divided = layout.tensor > 1 or layout.context > 1
+    if is_divided or not keeps_all or why_not_captured(config, torch.device("cuda")) is not None:
         return 0
     layers = layout.layers_of(stage).items()
     return 2 * sum(number * linear_parameters(config.model, kind, layout.tensor) for (kind, _), number in layers)
