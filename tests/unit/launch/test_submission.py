@@ -253,19 +253,19 @@ def test_a_dry_run_shows_everything_and_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_gpus_too_small_for_the_run_are_refused(tmp_path: Path) -> None:
-    """9.5 GB are predicted for configs/hydra-base.yaml on 32 GPUs."""
+    """8.3 GB are predicted for configs/hydra-base.yaml on 32 GPUs."""
     site = tmp_path / "site.yaml"
     given = ["--config", str(TINY.with_name("hydra-base.yaml")), "--gpus-per-node=8", "--nodes=4", f"--site={site}"]
     command = ["slurm", *given, "--run-dir", str(tmp_path / "run"), "--dry-run", "data.train=x"]
     site.write_text("gpu_memory: 80GB")
     shown = CliRunner().invoke(launch, command).output
-    assert "memory       9.5 GB of a GPU, predicted" in shown
+    assert "memory       8.3 GB of a GPU, predicted" in shown
     assert "data         x: not on this machine; the nodes must see it" in shown
     assert "data         " not in CliRunner().invoke(launch, [*command[:-1], f"data.train={tmp_path}"]).output
-    site.write_text("gpu_memory: 10GB")
+    site.write_text("gpu_memory: 9GB")
     failure = CliRunner().invoke(launch, command).exception
-    assert isinstance(failure, ConfigError) and "predicted to need 9.5 GB, of gpu_memory 10GB" in str(failure)
-    assert "hydra-scale plan --gpus 32 --gpu-memory 10GB" in str(failure)
+    assert isinstance(failure, ConfigError) and "predicted to need 8.3 GB, of gpu_memory 9GB" in str(failure)
+    assert "hydra-scale plan --gpus 32 --gpu-memory 9GB" in str(failure)
 
 
 @pytest.mark.parametrize("name", ["n" * 300, "file/run"])
