@@ -2,9 +2,10 @@
 
 import torch
 
-from .triton_language import tl, triton
+from .triton_language import interpreted, tl, triton
 
-_ROWS, _COLUMNS = 256, 16
+_ROWS, _COLUMNS = (16, 1024) if interpreted else (256, 16)
+"""Of a tile. The interpreter runs one program after the other, so there are few of them there."""
 
 
 @triton.jit
