@@ -20,6 +20,8 @@ from .precision import without_autocast
 _MATRIX_ELEMENTS_ON_CPU, _MATRIX_ELEMENTS_ON_GPU = 1 << 18, 1 << 26
 """Block matrices are built this many numbers at a time: on a CPU so few that the passes over them stay in a core's
 cache, on a GPU so many that launching a pass costs little beside it."""
+_WITH_A_NEIGHBOUR = (slice(None, -1), slice(1, None))
+"""Forward and backward, the tokens of a block that a neighbour in it reads."""
 
 
 def block_scan(
@@ -79,6 +81,10 @@ class _WithinBlock(torch.autograd.Function):
     Backward, with dM = dy x^T and U = dM * scores * decay taken below and above the diagonal separately:
 
         ddt[j] = sum_i U[i, j]     dupto[j] = -dt[j] ddt[j]     dbefore[i] = sum_j U[i, j] dt[j]
+
+    the last two without the neighbour, whose decay is 1: what it adds to dupto[j] and to dbefore of its reader is the
+    same with opposite signs, and where heads forget fast so much larger than the rest that only rounding is left of it.
+
         dscores = sum over the group's heads of dM * decay * step,   dC = dscores B,   dB = dscores^T C
 
     The matrices are rebuilt in the backward pass, a few blocks at a time.
@@ -129,9 +135,13 @@ class _WithinBlock(torch.autograd.Function):
                 below = U.tril(-1)
                 for direction, triangle in enumerate((below, U.sub_(below))):
                     steps = dt[direction, blocks]
+                    beside = triangle.diagonal(2 * direction - 1, dim1=-2, dim2=-1)
+                    of_neighbours = beside.clone()
+                    beside.zero_()
                     ddt[direction, blocks] = triangle.sum(-2)
                     dbefore[direction, blocks] = (triangle @ steps[..., None])[..., 0]
                     dupto[direction, blocks] = -steps * ddt[direction, blocks]
+                    ddt[direction, blocks][..., _WITH_A_NEIGHBOUR[direction]] += of_neighbours
 
                 M = decay.mul_(step).mul_(scores)
                 if diagonal is not None:

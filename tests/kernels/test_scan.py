@@ -136,6 +136,22 @@ def test_two_slices_chained_are_the_whole(cut: int) -> None:
     assert_all_close(with_gradients(cut_in_two, inputs), whole, TIGHT)
 
 
+def test_fp32_gradients_of_heads_that_forget_at_once() -> None:
+    """Only neighbours, whose decay is 1, see each other as much as ever; what they say must not drown the others."""
+    inputs = make_inputs(1, 96)
+    inputs["dt_2BLH"] *= 10.0
+    inputs["A_H"] = -torch.tensor([10.0, 13.0, 17.0, 20.0], dtype=torch.float64)
+    found, expected = (
+        with_gradients(
+            lambda backend=backend, **values: quasiseparable_scan(**values, backend=backend),
+            {name: tensor.to(dtype) for name, tensor in inputs.items()},
+        )
+        for backend, dtype in (("torch", torch.float32), ("reference", torch.float64))
+    )
+    assert_close(found.pop("gradient of A_H"), expected.pop("gradient of A_H"), 1e-4, "A")
+    assert_all_close(found, expected, 1e-5)
+
+
 @pytest.mark.parametrize("step", [0.0, 1e-8, 50.0, 1000.0])
 def test_extreme_steps(step: float) -> None:
     inputs = make_inputs(1, 70)
