@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_language import tl, triton
+from .triton_language import interpreted, tl, triton
 from .triton_sums import sum_of_parts
 
 
@@ -21,8 +21,9 @@ class Walk(NamedTuple):
     warps: int
 
 
-FORWARD = Walk(128, 8, 64, 1)
-BACKWARD = Walk(128, 4, 256, 2)
+FORWARD = Walk(128, 8, 32 if interpreted else 64, 1)
+BACKWARD = Walk(128, 4, 32 if interpreted else 256, 2)
+"""Short walks in the interpreter, where inputs are: several programs then share the tokens there too."""
 
 
 @triton.jit

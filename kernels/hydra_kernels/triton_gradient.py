@@ -1,8 +1,12 @@
 """The gradients of B, C and the decays: what lies within a chunk, and what crosses its borders."""
 
-from .triton_language import tl, triton
+from .triton_language import interpreted, tl, triton
 from .triton_steps import chunk_bounds
 from .triton_tiles import load_head, load_readers, load_state, load_tile, neighbours
+
+_ONE_BY_ONE = tl.constexpr(interpreted)
+"""Sums of several tiles at once share the GPU's shuffles. The interpreter calls what adds them for every element, which
+took a third of a mixer's two passes; its own sums are NumPy's."""
 
 
 @triton.jit
@@ -13,6 +17,24 @@ def _add_two(a, b, c, d):
 @triton.jit
 def _add_three(a, b, c, d, e, f):
     return a + d, b + e, c + f
+
+
+@triton.jit
+def _sum_two(a, b, AXIS: tl.constexpr):
+    if _ONE_BY_ONE:
+        sums = tl.sum(a, AXIS), tl.sum(b, AXIS)
+    else:
+        sums = tl.reduce((a, b), AXIS, _add_two)
+    return sums
+
+
+@triton.jit
+def _sum_three(a, b, c, AXIS: tl.constexpr):
+    if _ONE_BY_ONE:
+        sums = tl.sum(a, AXIS), tl.sum(b, AXIS), tl.sum(c, AXIS)
+    else:
+        sums = tl.reduce((a, b, c), AXIS, _add_three)
+    return sums
 
 
 @triton.jit
@@ -92,13 +114,13 @@ def within_kernel(
         weighted = grad_matrix * tl.exp2(tl.minimum(exponent, 64.0))
         grad_score += weighted
         product_f, product_b = weighted * score_f, weighted * score_b
-        written_f, written_b = tl.reduce((product_f, product_b), 0, _add_two)
+        written_f, written_b = _sum_two(product_f, product_b, 0)
         if HAS_DIAGONAL:
             on_it = tl.where(row == column, grad_matrix, 0.0)
-            read_f, read_b, on_it = tl.reduce((product_f, product_b, on_it), 1, _add_three)
+            read_f, read_b, on_it = _sum_three(product_f, product_b, on_it, 1)
             tl.store(grad_diagonal + first.to(tl.int64) * num_heads + head + q * num_heads, on_it, mask=live)
         else:
-            read_f, read_b = tl.reduce((product_f, product_b), 1, _add_two)
+            read_f, read_b = _sum_two(product_f, product_b, 1)
         lines = tl.where(tl.arange(0, 2) == 0, line, other_line)[None, :] + token[:, None]
         tl.store(written + lines, tl.join(written_f, written_b), mask=live[:, None])
         tl.store(read + lines, tl.join(read_f, read_b), mask=live[:, None])
