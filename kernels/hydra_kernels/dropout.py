@@ -23,12 +23,13 @@ def keyed_dropout(
         x_TD: any floating dtype.
         token_keys_T: int64, a number that is the token's own in the whole run.
         rate: in [0, 1); 0 returns the input.
-        key: seed of the run.
+        key: seed of the run, any integer.
         backend: as in `quasiseparable_scan`; each drops the same elements.
     """
     if rate == 0.0:
         return x_TD
-    threshold, scale, of_run = int(rate * 2**32), 1.0 / (1.0 - rate), key * 0x9E3779B1
+    of_run = (key * 0x9E3779B1 + 2**63) % 2**64 - 2**63  # int64, whatever the key
+    threshold, scale = int(rate * 2**32), 1.0 / (1.0 - rate)
     if resolve_backend(backend, x_TD) == "triton" and x_TD.numel():
         return triton_keyed_dropout(x_TD, token_keys_T, of_run, threshold, scale)
     of_token_T = _hash32(token_keys_T ^ of_run)

@@ -43,14 +43,23 @@ def test_large_keys_differ_beyond_32_bits() -> None:
     assert 0.4 < (masks[1] == masks[2]).double().mean() < 0.6
 
 
+def test_seeds_of_64_bits_differ() -> None:
+    x, keys = torch.ones(3, 4096), torch.arange(3)
+    masks = [keyed_dropout(x, keys, 0.5, seed) != 0 for seed in (7, 2**32 + 7, 2**63 + 7, 2**64 - 1)]
+    for index, mask in enumerate(masks):
+        for other in masks[:index]:
+            assert 0.4 < (mask == other).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("seed", [12345, 2**63 + 12345])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_the_gradient_is_dropped_like_the_value(backend: str) -> None:
+def test_the_gradient_is_dropped_like_the_value(backend: str, seed: int) -> None:
     """By every backend the same elements, also of rows with a stride."""
     keys = torch.tensor([0, 1, 2**31, 2**32 + 1, 2**40, 2**50], device=DEVICE)
     wide = torch.randn(6, 2100, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
     x, rate = wide[:, :1100], 0.6
-    y = keyed_dropout(x, keys, rate, 12345, backend=backend)
-    kept = keyed_dropout(torch.ones_like(x), keys, rate, 12345, backend="torch") != 0
+    y = keyed_dropout(x, keys, rate, seed, backend=backend)
+    kept = keyed_dropout(torch.ones_like(x), keys, rate, seed, backend="torch") != 0
     assert 0.3 < kept.double().mean() < 0.5
     assert torch.equal(y, torch.where(kept, x * (1 / (1 - rate)), 0.0))
     (grad,) = torch.autograd.grad(y, wide, torch.full_like(y, 3.0))
