@@ -11,8 +11,9 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from hydra_data_prep.assemble import join
-from hydra_data_prep.prepare import PrepareOptions, Progress, described, prepare
+from hydra_data_prep.prepare import PrepareOptions, Progress, described, inputs_of, prepare
 from hydra_data_prep.publish import check_free, remove_leftovers
+from hydra_data_prep.registry import CORPORA
 from hydra_data_prep.report import Report, report_of
 from hydra_scale.data.manifest import MANIFEST, read_manifest
 from hydra_scale.errors import ConfigError, DataError, EnvironmentFault
@@ -62,6 +63,8 @@ def prepare_with_processes(
     check_free(options.output)
     folder = options.output.with_name(f"{options.output.name}.parts")
     parts = [part_of(options.model_copy(update={"output": folder}), task, processes) for task in range(processes)]
+    if options.input and options.source not in CORPORA:
+        inputs_of(parts[0])  # too few files are told before all processes have started
     with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
         _all(pool, parts, progress)
     progress("joining the parts", 0, None)

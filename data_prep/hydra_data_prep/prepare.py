@@ -75,7 +75,7 @@ class PrepareOptions(BaseModel):
     tokenizer: str = "sentencepiece"
     """sentencepiece (trained on the documents), bytes, nucleotides, kmers:K, or the path of a SentencePiece model, a
     tokenizer folder or a prepared folder."""
-    vocab_size: Annotated[int, Field(ge=1)] | None = None
+    vocab_size: Annotated[int, Field(ge=len(SPECIAL_PIECES), le=2**31 - 1)] | None = None
     """Pieces of the tokenizer to train; absent: 16,384."""
     model_type: Literal["unigram", "bpe"] | None = None
     """Kind of SentencePiece model to train; absent: unigram."""
@@ -104,9 +104,9 @@ class PrepareOptions(BaseModel):
     """Documents with fewer characters after normalisation are dropped."""
     max_characters: Annotated[int, Field(ge=1)] | None = None
     """Documents with more characters after normalisation are dropped; absent: none is."""
-    near_duplicates: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    near_duplicates: Annotated[float, Field(gt=0.0, le=0.98)] | None = None
     """Drop documents whose runs of five words are to this share (Jaccard) those of an earlier one; absent: only exact
-    duplicates are dropped."""
+    duplicates are dropped. Above 0.98 datasketch has no bands for it."""
     language: str | None = None
     """Drop documents that are not in this language (ISO 639 code, as en)."""
     language_confidence: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
@@ -115,7 +115,7 @@ class PrepareOptions(BaseModel):
     """Drop documents that break one of these rules; that of English stop words holds for --language en, or none."""
     shard_size: Annotated[int, Field(ge=1)] = 256 << 20
     """Bytes of a shard, about."""
-    threads: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1, le=1024)] = 1
     """Threads of SentencePiece."""
     part: tuple[int, int] | None = None
     """(i, n): the i-th of n parts of a preparation, counted from 0, which can run at the same time; `join` makes one
@@ -236,26 +236,37 @@ def _open_source(
 ) -> Iterator[str] | Iterator[bytes] | Iterator[Labelled]:
     if options.source == "images":
         how_large = ImageOptions(options.image_size or 0, options.image_color or "grey")
-        return read_images(_inputs(options), how_large, classes)
+        return read_images(inputs_of(options), how_large, classes)
     fasta = FastaOptions(options.window, options.reverse_complement, options.soft_mask)
     how = SourceOptions(options.text_field, options.document_unit, fasta)
     if options.source in CORPORA:
         return read_corpus(options.source, options.cache or _user_cache(), how)
     if options.source in ("wheel", "deb"):
-        return (read_wheels if options.source == "wheel" else read_debs)(_inputs(options), how)
-    return read_files(options.source, _inputs(options), how)
+        return (read_wheels if options.source == "wheel" else read_debs)(inputs_of(options), how)
+    return read_files(options.source, inputs_of(options), how)
 
 
 def _nothing_kept(options: PrepareOptions, cleaning: Cleaning) -> str:
     dropped = ", ".join(f"{number:,} {reason}" for reason, number in cleaning.dropped.items() if number)
+    if options.part and options.divide == "documents" and not dropped:
+        number, count = options.part
+        return (
+            f"--source {options.source}: none of its {cleaning.num_read:,} documents falls to part {number} of {count};"
+            " give fewer --processes or --tasks"
+        )
     return (
         f"--source {options.source}: none of its {cleaning.num_read:,} documents is kept"
         f"{f' ({dropped})' if dropped else ''}; check --input, --min-characters and what else drops documents"
     )
 
 
-def _inputs(options: PrepareOptions) -> Sequence[Path]:
-    """What this part reads."""
+def inputs_of(options: PrepareOptions) -> Sequence[Path]:
+    """What this part reads.
+
+    Raises:
+        ConfigError: there are fewer files than parts.
+        DataError: a path is missing, or a folder has no such file.
+    """
     if options.part is None or options.divide == "documents":
         return options.input
     number, count = options.part

@@ -159,6 +159,8 @@ def _read_csv(stream: BinaryIO, where: str, options: SourceOptions) -> Iterator[
     try:
         if options.text_field not in (columns := rows.fieldnames or []):
             raise _no_field(where, options.text_field, ", ".join(columns))
+        if (count := list(columns).count(options.text_field)) > 1:  # the reader would keep the last
+            raise DataError(f"{where}: {count} columns are called {options.text_field!r}; rename all but one")
         for row in rows:
             if row[options.text_field] is None:
                 raise DataError(f"{where}: line {rows.line_num}: fewer columns than the header; repair or remove it")

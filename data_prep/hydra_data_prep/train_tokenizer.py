@@ -118,7 +118,7 @@ def _size_error(message: str, vocab_size: int) -> DataError:
         )
     if smallest := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
         return DataError(
-            f"--vocab-size is {vocab_size}; special tokens, bytes and the characters of these documents need more than"
-            f" {smallest[1]}; choose a larger one"
+            f"--vocab-size is {vocab_size}; special tokens, bytes and the characters of these documents need at least"
+            f" {smallest[1]}; choose that or more"
         )
     return DataError(f"--tokenizer sentencepiece: training failed: {message}; try another --vocab-size or more text")

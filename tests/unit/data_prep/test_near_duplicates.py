@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from hydra_data_prep.near_duplicates import NearDuplicates, shingles
 from hydra_data_prep.prepare import PrepareOptions, prepare
@@ -59,3 +60,10 @@ def test_without_datasketch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(EnvironmentFault, match=r"pip install 'hydra-scale\[dedup\]'"):
         NearDuplicates(0.8)
+
+
+def test_the_highest_threshold_that_options_take() -> None:
+    near = NearDuplicates(0.98)
+    assert [near.seen("one two three four five six") for _ in range(2)] == [False, True]
+    with pytest.raises(ValidationError, match="less than or equal to 0.98"):
+        PrepareOptions(source="text", output=Path("data"), near_duplicates=0.99)

@@ -182,3 +182,19 @@ def test_broken_shards_are_left_out_and_counted(corpus: Path, tmp_path: Path, re
         path.unlink()
     with pytest.raises(DataError, match="none of its 3 shards is whole"):
         without_broken(parts, tmp_path / "nothing")
+
+
+def test_too_many_parts_are_told_before_a_process_starts(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hydra_data_prep.parts.ProcessPoolExecutor", None)
+    with pytest.raises(ConfigError, match="holds 3 files for 9 parts; give fewer"):
+        prepare_with_processes(options(corpus, tmp_path / "data"), 9)
+
+
+def test_a_part_to_which_no_document_falls(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    whole = options(tmp_path / "a.jsonl", tmp_path / "parts", divide="documents")
+    with pytest.raises(DataError, match=r"none of its 1 documents falls to part \d of 2; give fewer"):
+        for task in range(2):
+            prepare_part(part_of(whole, task, 2))

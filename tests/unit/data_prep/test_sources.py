@@ -167,6 +167,7 @@ BAD: list[tuple[str, str, Callable[[Path], object], str]] = [
     ("jsonl", "a.jsonl", lambda p: p.write_bytes(b'{"text": "\xe9"}\n'), "not JSON|UTF-8"),
     ("csv", "a.csv", lambda p: p.write_bytes(csv_bytes("body")), "found label, body"),
     ("csv", "a.csv", lambda p: p.write_text("id,text\n1,a\n2\n"), "line 3: fewer columns"),
+    ("csv", "a.csv", lambda p: p.write_text("text,text\na,b\n"), "2 columns are called 'text'; rename all but one"),
     (
         "csv",
         "a.csv",
