@@ -16,9 +16,9 @@ class MaskingConfig(Section):
     """Choose whole words: all pieces of a word or none."""
     spans: Literal["none", "geometric", "fixed"] = "none"
     """Choose stretches of tokens, all of span_length or with lengths drawn around it; also where there are no words."""
-    span_length: Annotated[float, Field(ge=1.0)] = 3.0
+    span_length: Annotated[float, Field(ge=1.0, le=1 << 20)] = 3.0
     """Tokens of a span: mean of the geometric lengths before they are cut at span_max; fixed: a whole number."""
-    span_max: PositiveInt = 10
+    span_max: Annotated[int, Field(ge=1, le=1 << 20)] = 10
     """Longest span of the geometric kind; spans that overlap or touch make a longer one."""
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hydra_scale.config.section import PositiveInt, Section
 
@@ -40,6 +40,12 @@ class CheckpointConfig(Section):
     that has checkpoints already is refused."""
     resume: Literal["auto", "never"] = "auto"
     """auto: continue if the run folder holds a checkpoint; never: refuse a run folder that has one."""
+
+    @model_validator(mode="after")
+    def _somewhere_to_fetch_from(self) -> "CheckpointConfig":
+        if self.fetch and self.upload is None:
+            raise ValueError("fetch is true and upload is absent; expected the URL that checkpoints are fetched from")
+        return self
 
 
 class MonitorConfig(Section):

@@ -45,6 +45,14 @@ class MixerConfig(Section):
             raise ValueError(f"d_conv is {self.d_conv}; a centred convolution needs an odd number of taps")
         return self
 
+    @model_validator(mode="after")
+    def _ascending_step_sizes(self) -> "MixerConfig":
+        if self.dt_min > self.dt_max:
+            raise ValueError(f"dt_min is {self.dt_min:g}, above dt_max {self.dt_max:g}")
+        if not self.dt_limit[0] <= self.dt_limit[1]:  # also of what is not a number
+            raise ValueError(f"dt_limit is {list(self.dt_limit)}; expected the smallest step size, then the largest")
+        return self
+
 
 class AttentionConfig(Section):
     """Attention layers, letter A of the layer pattern."""
@@ -56,7 +64,7 @@ class AttentionConfig(Section):
 class MlpConfig(Section):
     """MLP layers, letter M of the layer pattern."""
 
-    expansion: Annotated[float, Field(gt=0)] = 4.0
+    expansion: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 4.0
     """Inner width over d_model."""
 
 
@@ -117,5 +125,9 @@ class ModelConfig(Section):
         if "A" in self.layer_kinds and self.d_model % self.attention.num_heads:
             raise ValueError(
                 f"attention.num_heads is {self.attention.num_heads}; it must divide d_model {self.d_model}"
+            )
+        if "M" in self.layer_kinds and round(self.mlp.expansion * self.d_model) < 1:
+            raise ValueError(
+                f"mlp.expansion is {self.mlp.expansion:g}; times d_model {self.d_model} it gives no width: raise it"
             )
         return self

@@ -39,6 +39,12 @@ class Config(Section):
             raise ValueError(
                 f"schedule.warmup_steps is {self.schedule.warmup_steps}; at most training.steps = {self.training.steps}"
             )
+        decay = self.schedule.decay_steps if self.schedule.kind == "wsd" else None
+        if decay is not None and self.schedule.warmup_steps + decay > self.training.steps:  # it would begin with a fall
+            raise ValueError(
+                f"schedule.decay_steps is {decay}; at most training.steps - schedule.warmup_steps ="
+                f" {self.training.steps - self.schedule.warmup_steps}"
+            )
         if self.numerics.check_replicas_every is not None and self.zero.stage == 3:
             raise ValueError("numerics.check_replicas_every is set and zero.stage is 3, which keeps no replicas")
         if self.model.position_embedding == "learned" and self.data.seqlen > self.model.max_positions:

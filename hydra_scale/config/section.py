@@ -5,7 +5,8 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
-PositiveInt = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1, le=2**31 - 1)]
+"""Products of two of them still fit the 64 bits in which sequences and tokens are counted."""
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 

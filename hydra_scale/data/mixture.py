@@ -63,6 +63,7 @@ class Mixture:
 
 def _quotas(weights: np.ndarray) -> np.ndarray:
     """Weights as whole sequences of a round, by largest remainder: each within one sequence of its exact share."""
+    weights = np.ldexp(weights, -np.frexp(weights.max())[1])  # exact; the sum of large ones would not be finite
     exact = weights / weights.sum() * ROUND
     quotas = np.floor(exact).astype(np.int64)
     quotas[np.argsort(quotas - exact, kind="stable")[: ROUND - quotas.sum()]] += 1

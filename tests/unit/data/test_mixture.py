@@ -57,6 +57,10 @@ def test_a_weight_too_small_to_count() -> None:
         Mixture([1.0, 1e-6], seed=1)
 
 
+def test_weights_whose_sum_is_not_finite() -> None:
+    assert Mixture([1.7e308, 1.7e308], seed=1).quotas.tolist() == [ROUND // 2, ROUND // 2]
+
+
 def test_tokens_are_those_of_the_document_named(folders: list[Path]) -> None:
     documents = list(chain.from_iterable(random_documents(40 + 20 * i, seed=i) for i in range(3)))
     data = TrainingData(mixed(folders, [1, 2, 3]), seed=3)
