@@ -19,7 +19,7 @@ def file_system(address: str, refused: type[HydraScaleError]) -> tuple[Any, str]
 
     Raises:
         refused: fsspec does not know the scheme.
-        EnvironmentFault: the scheme needs a package that is not installed.
+        EnvironmentFault: the scheme needs a package that is not installed, or a server that does not answer.
     """
     try:
         files, root = fsspec.core.url_to_fs(address)
@@ -30,6 +30,9 @@ def file_system(address: str, refused: type[HydraScaleError]) -> tuple[Any, str]
         extra = _EXTRAS.get(address.partition("://")[0])
         advice = f"; pip install 'hydra-scale[{extra}]'" if extra else ""
         raise EnvironmentFault(f"{address}: {error}{advice}") from None
+    except Exception as error:  # ftp, github, zip and others look at what is there at once, and raise what they like
+        reason = str(error) or type(error).__name__
+        raise EnvironmentFault(f"{address}: cannot be opened: {reason}; check the URL and the network") from None
     return files, root.rstrip("/")
 
 

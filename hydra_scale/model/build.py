@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hydra_kernels import resolve_backend
 from hydra_scale.config import Config, OptimizerConfig
 from hydra_scale.errors import ConfigError
 from hydra_scale.model.captured import why_not_captured
@@ -52,13 +53,19 @@ def build_model(
     """This rank's part of the model of a run with its initial weights, in fp32, on its device.
 
     Raises:
-        ConfigError: the vocabulary cannot be divided over the tensor parallel ranks.
+        ConfigError: the vocabulary cannot be divided over the tensor parallel ranks, or the kernels that are asked for
+            do not run on the device.
     """
     if vocab_size % tensor.size:
         raise ConfigError(
             f"model.vocab_size is {vocab_size}: not divisible by parallel.tensor {tensor.size};"
             f" nearest: {-(-vocab_size // tensor.size) * tensor.size}"
         )
+    try:
+        if config.model.mixer.backend == "triton":
+            resolve_backend("triton", torch.empty(0, device=device))
+    except ValueError as error:
+        raise ConfigError(f"model.mixer.{error}") from None
     tokens = config.training.micro_batch_size * config.data.seqlen // (1 if context is None else context.size)
     model = MaskedLanguageModel(
         config.model,

@@ -325,3 +325,9 @@ def test_without_s3fs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_refused_addresses(address: str, message: str, s3: S3Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
         localised(address, config(address, tmp_path))
+
+
+def test_a_scheme_that_looks_at_once_what_is_there(tmp_path: Path) -> None:
+    address = f"zip://{tmp_path}/gone.zip"
+    with pytest.raises(EnvironmentFault, match=r"gone\.zip: cannot be opened: .*; check the URL"):
+        localised(address, config(address, tmp_path))

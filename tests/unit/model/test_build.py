@@ -10,7 +10,7 @@ from alone import job_of_one
 from hydra_scale.config import Config, ModelConfig, OptimizerConfig
 from hydra_scale.config_file import load_config
 from hydra_scale.errors import ConfigError
-from hydra_scale.model.build import parameter_groups, vocab_size_for
+from hydra_scale.model.build import build_model, parameter_groups, vocab_size_for
 from hydra_scale.model.initialise import initialise
 from hydra_scale.model.masked_lm import MaskedLanguageModel
 
@@ -89,3 +89,10 @@ def test_vocabulary_sizes() -> None:
     fixed = Config.model_validate({"data": {"train": "x"}, "model": {"vocab_size": 100}})
     with pytest.raises(ConfigError, match="model.vocab_size is 100: the tokenizer of data.train has 101 tokens"):
         vocab_size_for(fixed, 101)
+
+
+def test_kernels_on_a_device_that_cannot_run_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hydra_kernels.triton_language.interpreted", False)
+    config = load_config(CONFIGS / "tiny.yaml", ["model.mixer.backend=triton"])
+    with job_of_one(), pytest.raises(ConfigError, match=r"model\.mixer\.backend is 'triton' but"):
+        build_model(config, 128, torch.device("cpu"))
