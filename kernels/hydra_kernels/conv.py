@@ -23,7 +23,7 @@ def depthwise_conv_silu(
 
     x: (batch, seqlen, channels). weight: (channels, 1, K), K odd. bias: (channels,).
     cu_seqlens: (num_documents + 1,) borders of documents laid end to end in a batch of 1; absent: every row is one.
-    Returns (batch, seqlen, channels). Under autocast the products are in its dtype.
+    Returns (batch, seqlen, channels), in x's dtype; PyTorch's own convolution is in that of autocast where it is on.
     Raises ValueError for an even K, shapes or borders that do not fit, or an unknown backend.
     """
     backend = resolve_backend(backend, x_BLC)
@@ -33,11 +33,13 @@ def depthwise_conv_silu(
         raise ValueError(f"weight has {taps} taps; a centred convolution needs an odd number")
     if weight_C1K.shape != (num_channels, 1, taps):
         raise ValueError(f"weight has shape {tuple(weight_C1K.shape)}; expected {(num_channels, 1, taps)} to go with x")
+    if bias_C is not None and bias_C.shape != (num_channels,):  # a kernel would read behind its end
+        raise ValueError(f"bias has shape {tuple(bias_C.shape)}; expected {(num_channels,)} to go with x")
     documents = None if cu_seqlens is None else Documents.of(cu_seqlens, batch, seqlen, x_BLC.device)
-    if backend == "reference":
-        return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=None if documents is None else documents.borders)
     if seqlen == 0:
         return torch.zeros_like(x_BLC)
+    if backend == "reference":
+        return conv_silu(x_BLC, weight_C1K, bias_C, cu_seqlens=None if documents is None else documents.borders)
     if backend == "triton":
         return triton_conv_silu(x_BLC, weight_C1K, bias_C, documents or Documents.rows(batch, seqlen, x_BLC.device))
     if documents is None:

@@ -17,9 +17,11 @@ def cross_entropy(
 
     logits: (M, V), of any floating dtype; targets: int64 (M,), in [0, V). Computed and returned in fp32 (fp64); the
     gradient has the logits' dtype, and nothing as large as they are is kept beside them.
-    Raises ValueError for an unknown backend.
+    Raises ValueError for shapes that do not fit, or an unknown backend.
     """
     backend = resolve_backend(backend, logits_MV)
+    if targets_M.shape != logits_MV.shape[:1]:  # a kernel would read behind their end
+        raise ValueError(f"targets have shape {tuple(targets_M.shape)}; expected ({len(logits_MV)},), one for each row")
     with without_autocast(logits_MV):
         if backend == "triton" and logits_MV.numel():
             return triton_cross_entropy(logits_MV, targets_M)

@@ -25,7 +25,17 @@ def keyed_dropout(
         rate: in [0, 1); 0 returns the input.
         key: seed of the run, any integer.
         backend: as in `quasiseparable_scan`; each drops the same elements.
+
+    Raises:
+        ValueError: another rate, or keys that are not int64, one for each token.
     """
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"rate is {rate}; expected a number from 0 up to, but not, 1")
+    if token_keys_T.shape != x_TD.shape[:1] or token_keys_T.dtype != torch.int64:
+        raise ValueError(
+            f"token_keys is {token_keys_T.dtype} of shape {tuple(token_keys_T.shape)}; expected int64 of shape"
+            f" ({len(x_TD)},), one key for each token"
+        )
     if rate == 0.0:
         return x_TD
     of_run = (key * 0x9E3779B1 + 2**63) % 2**64 - 2**63  # int64, whatever the key

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .backends import resolve_backend
+from .backends import check_backend, resolve_backend
 from .conv import depthwise_conv_silu
 from .documents import Documents, pad, unpad
 from .exchange import Exchange
@@ -161,7 +161,8 @@ class HydraMixer(nn.Module):
         recompute: keep only the input for the backward pass and compute everything again there.
 
     Raises:
-        ValueError: widths that do not divide, an even d_conv, or another activation.
+        ValueError: widths below 1 or that do not divide, an even d_conv, limits the wrong way round, or an activation
+            or backend that does not exist.
     """
 
     def __init__(
@@ -188,6 +189,13 @@ class HydraMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        widths = {"d_model": d_model, "d_state": d_state, "d_conv": d_conv, "expand": expand, "headdim": headdim}
+        for name, width in (widths | {"ngroups": ngroups, "chunk_size": chunk_size}).items():
+            if width < 1:
+                raise ValueError(f"{name} is {width}; expected at least 1")
+        if not dt_limit[0] <= dt_limit[1]:
+            raise ValueError(f"dt_limit is {dt_limit}; expected the smallest step, then the largest")
+        check_backend(backend)
         d_inner = expand * d_model
         if d_inner % headdim:
             raise ValueError(f"headdim is {headdim}; it must divide expand * d_model = {d_inner}")

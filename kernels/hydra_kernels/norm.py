@@ -31,10 +31,15 @@ def gated_rms_norm(
 
     y, z: (batch, seqlen, channels); weight: (channels,). squares: the sum of squares over all `width` channels of the
     model, where y holds only some of them; absent: those of y. Computed in fp32 (fp64), returned in y's dtype.
-    Raises ValueError for an unknown backend.
+    Raises ValueError for shapes that do not fit, or an unknown backend.
     """
     dtype = working_dtype(y_BLC)
     backend = resolve_backend(backend, y_BLC)
+    rows, channels = y_BLC.shape[:-1], y_BLC.shape[-1]
+    shapes = (("z", z_BLC, (*rows, channels)), ("weight", weight_C, (channels,)), ("squares", squares_BL1, (*rows, 1)))
+    for name, tensor, expected in shapes:
+        if tensor is not None and tensor.shape != expected:  # a kernel would read behind its end
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected} to go with y")
     with without_autocast(y_BLC):
         if backend == "triton" and y_BLC.numel():
             return triton_gated_rms_norm(y_BLC, z_BLC, weight_C, eps, squares_BL1, width)

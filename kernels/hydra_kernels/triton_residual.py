@@ -204,5 +204,6 @@ def triton_add_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `add_norm`, of rows; the second result is empty if `also` is None."""
     x_TD, branch_TD = (t if t.stride(-1) == 1 else t.contiguous() for t in (x_TD, branch_TD))
-    out_TD, low_TD, *_ = _add_norm(x_TD, branch_TD, weight_D.contiguous(), bias_D, eps, also)
+    weight_D, bias_D = weight_D.contiguous(), None if bias_D is None else bias_D.contiguous()
+    out_TD, low_TD, *_ = _add_norm(x_TD, branch_TD, weight_D, bias_D, eps, also)
     return out_TD, low_TD

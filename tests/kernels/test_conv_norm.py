@@ -4,7 +4,7 @@ import pytest
 import torch
 from compare import assert_all_close, assert_close, with_gradients
 
-from hydra_kernels import depthwise_conv_silu, gated_rms_norm, sum_of_squares
+from hydra_kernels import add_norm, depthwise_conv_silu, gated_rms_norm, sum_of_squares
 from hydra_kernels.reference import gated_norm
 from hydra_kernels.triton_language import interpreted
 from hydra_kernels.triton_sums import sum_of_parts
@@ -47,11 +47,29 @@ def test_convolution(taps: int, layout: str, backend: str) -> None:
 def test_convolution_without_bias_of_nothing_and_misused() -> None:
     x, weight = draw(1, 5, 2), draw(2, 1, 3)
     assert_close(depthwise_conv_silu(x, weight), textbook(x, weight, torch.zeros(2), [5]), 1e-12)
-    assert depthwise_conv_silu(x[:, :0], weight).shape == (1, 0, 2)
+    for backend in ("torch", "reference"):
+        assert depthwise_conv_silu(x[:, :0], weight, backend=backend).shape == (1, 0, 2)
     with pytest.raises(ValueError, match="weight has 4 taps; a centred convolution needs an odd number"):
         depthwise_conv_silu(x, draw(2, 1, 4))
     with pytest.raises(ValueError, match="weight has shape"):
         depthwise_conv_silu(x, draw(3, 1, 3))
+    with pytest.raises(ValueError, match=r"bias has shape \(3,\); expected \(2,\)"):
+        depthwise_conv_silu(x, weight, draw(3))
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("name", ["z", "branch", "weight", "bias", "squares"])
+def test_shapes_that_do_not_fit_are_named(name: str, backend: str) -> None:
+    """Of either norm: a kernel would read behind their end."""
+    device = "cpu" if interpreted else "cuda"
+    x, row = draw(2, 3, 4).float().to(device), draw(4).float().to(device)
+    with pytest.raises(ValueError, match=f"{name} has shape .*; expected"):
+        if name in ("z", "squares"):
+            z, squares = (x[:, :1], None) if name == "z" else (x, x[:, :1, :1])
+            gated_rms_norm(x, z, row, squares_BL1=squares, backend=backend)
+        else:
+            given = {"branch": x, "weight": row, "bias": row}
+            add_norm(x, **given | {name: given[name][:1]}, backend=backend)
 
 
 BACKENDS = {"torch": (torch.float64, 1e-12), "triton": (torch.float32, 1e-5)}

@@ -54,6 +54,13 @@ def test_scores_that_are_not_finite_make_losses_that_are_not(backend: str) -> No
     assert losses[2:].tolist() == pytest.approx([torch.tensor(1999.0).log().item(), torch.tensor(2000.0).log().item()])
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_targets_are_one_for_each_row(backend: str) -> None:
+    scores = torch.zeros(4, 7, device=DEVICE)
+    with pytest.raises(ValueError, match=r"targets have shape \(3,\); expected \(4,\), one for each row"):
+        cross_entropy(scores, torch.zeros(3, dtype=torch.int64, device=DEVICE), backend=backend)
+
+
 def test_scores_of_16_bits_are_summed_in_fp32() -> None:
     scores = torch.randn(3, 5000, generator=torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
     targets = torch.tensor([1, 4999, 77], device=DEVICE)

@@ -65,3 +65,17 @@ def test_the_gradient_is_dropped_like_the_value(backend: str, seed: int) -> None
     (grad,) = torch.autograd.grad(y, wide, torch.full_like(y, 3.0))
     assert torch.equal(grad[:, :1100], torch.where(kept, torch.tensor(3.0, device=DEVICE) * (1 / (1 - rate)), 0.0))
     assert not grad[:, 1100:].any()
+
+
+@pytest.mark.parametrize(
+    ("keys", "rate", "message"),
+    [
+        (torch.arange(4), 1.0, "rate is 1.0; expected a number from 0"),
+        (torch.arange(4), -0.5, "rate is -0.5"),
+        (torch.arange(3), 0.5, r"token_keys is torch.int64 of shape \(3,\); expected int64 of shape \(4,\)"),
+        (torch.arange(4).int(), 0.5, "token_keys is torch.int32"),
+    ],
+)
+def test_misuse_is_named(keys: torch.Tensor, rate: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        keyed_dropout(torch.ones(4, 3), keys, rate, 0)

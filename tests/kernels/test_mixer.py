@@ -144,6 +144,9 @@ def test_autocast_and_bfloat16_modules_stay_close() -> None:
     [
         ({"headdim": 24}, "headdim is 24; it must divide"), ({"headdim": 16, "ngroups": 3}, "ngroups is 3"),
         ({"d_conv": 4}, "d_conv is 4"), ({"activation": "relu"}, "activation is 'relu'"),
+        ({"headdim": 0}, "headdim is 0; expected at least 1"), ({"d_conv": -1}, "d_conv is -1"),
+        ({"dt_limit": (0.1, 0.01)}, "dt_limit is .0.1, 0.01.; expected the smallest"),
+        ({"backend": "cuda"}, "backend is 'cuda'; choose one of"),
     ],
 )  # fmt: skip
 def test_misuse_is_named(arguments: dict[str, object], message: str) -> None:

@@ -212,11 +212,12 @@ def test_add_norm(tokens: int, width: int, centred: bool) -> None:
 
 def test_add_norm_of_a_stream_in_fp32_and_a_layer_in_bf16() -> None:
     x, branch = torch.randn(5, 48).requires_grad_(), torch.randn(5, 48).bfloat16().requires_grad_()
-    y = add_norm(x, branch, torch.ones(48), torch.zeros(48), backend="triton")
+    weight, bias = torch.randn(48, 2).unbind(1)  # not contiguous
+    y = add_norm(x, branch, weight, bias, backend="triton")
     grad = torch.randn(5, 96)[:, ::2]
     y.backward(grad)
     total = (x.detach() + branch.detach().float()).requires_grad_()
-    expected = torch.nn.functional.layer_norm(total, (48,))
+    expected = torch.nn.functional.layer_norm(total, (48,), weight, bias)
     expected.backward(grad)
     assert y.dtype == torch.float32 and torch.allclose(y, expected, atol=1e-5)
     assert torch.allclose(x.grad, total.grad, atol=1e-5)
