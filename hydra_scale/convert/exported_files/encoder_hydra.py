@@ -175,8 +175,10 @@ def mean_over_tokens(vectors: torch.Tensor, attention_mask: torch.Tensor | None 
     """Mean (batch, d_model) of each row's vectors (batch, seqlen, d_model) over its tokens; zeros for an empty row."""
     if attention_mask is None:
         return vectors.mean(1)
-    mask = attention_mask.to(vectors.dtype)[..., None]
-    return (vectors * mask).sum(1) / mask.sum(1).clamp(min=1)
+    present = attention_mask.bool()[..., None]
+    wide = torch.promote_types(vectors.dtype, torch.float32)  # fp16 overflows in the sum over a long row
+    total = vectors.masked_fill(~present, 0.0).sum(1, dtype=wide)
+    return (total / present.sum(1).clamp(min=1)).to(vectors.dtype)
 
 
 def _make_norm(config: EncoderConfig, eps: float) -> nn.Module:

@@ -1,5 +1,7 @@
 """Hydra encoder for the transformers library: its model classes around the encoder of encoder_hydra.py."""
 
+from typing import TypeVar
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -9,12 +11,14 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from transformers.utils import ModelOutput
 
 from .configuration_hydra import HydraConfig
 from .encoder_hydra import Embedding, Encoder, Head, encode_rows, mean_over_tokens
 from .mixer import HydraMixer
 
 IGNORED_LABEL = -100
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 class HydraPreTrainedModel(PreTrainedModel):
@@ -45,6 +49,10 @@ class HydraPreTrainedModel(PreTrainedModel):
             module.weight.fill_(1.0)
             if getattr(module, "bias", None) is not None:
                 module.bias.zero_()
+
+    def _as_asked(self, output: Output, return_dict: bool | None) -> Output | tuple[torch.Tensor, ...]:
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
 
 class HydraModel(HydraPreTrainedModel):
@@ -84,7 +92,7 @@ class HydraModel(HydraPreTrainedModel):
         keep_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         vectors, states = encode_rows(self.embedding, self.encoder, tokens, attention_mask, token_type_ids, keep_states)
         output = BaseModelOutput(last_hidden_state=vectors, hidden_states=states)
-        return output.to_tuple() if return_dict is False else output
+        return self._as_asked(output, return_dict)
 
     def embed(
         self,
@@ -93,7 +101,9 @@ class HydraModel(HydraPreTrainedModel):
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Sentence embeddings (batch, d_model): the mean of the final vectors over the tokens of each row."""
-        return mean_over_tokens(self(input_ids, attention_mask, token_type_ids).last_hidden_state, attention_mask)
+        return mean_over_tokens(
+            self(input_ids, attention_mask, token_type_ids, return_dict=True).last_hidden_state, attention_mask
+        )
 
 
 class HydraForMaskedLM(HydraPreTrainedModel):
@@ -133,7 +143,7 @@ class HydraForMaskedLM(HydraPreTrainedModel):
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
         output = MaskedLMOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        return self._as_asked(output, return_dict)
 
 
 class HydraForSequenceClassification(HydraPreTrainedModel):
@@ -172,7 +182,7 @@ class HydraForSequenceClassification(HydraPreTrainedModel):
         logits = self.classifier(self.dropout(torch.tanh(self.dense(self.dropout(pooled)))))
         loss = None if labels is None else self._loss(logits, labels)
         output = SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        return self._as_asked(output, return_dict)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         kind = self.config.problem_type
@@ -217,4 +227,4 @@ class HydraForTokenClassification(HydraPreTrainedModel):
         if labels is not None:
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED_LABEL)
         output = TokenClassifierOutput(loss=loss, logits=logits, hidden_states=encoded.hidden_states)
-        return output.to_tuple() if return_dict is False else output
+        return self._as_asked(output, return_dict)

@@ -96,13 +96,16 @@ class Encoder:
             ids += tokenizer.encode([tokenizer.normalise(part)], frame=False)[0].tolist()
         place = ids.index(special.mask)
         probabilities = self.logits(torch.tensor([[*ids, special.sep]]))[0, place].float().softmax(-1)
-        best = probabilities[: tokenizer.vocab_size].topk(top)  # the model may have more rows than there are tokens
+        known = probabilities[: tokenizer.vocab_size]  # the model may have more rows than there are tokens
+        best = known.topk(min(top, len(known)))
         words = [tokenizer.decode([token]).strip() or tokenizer.piece(token) for token in best.indices.tolist()]
         return list(zip(words, best.values.tolist(), strict=True))
 
     @torch.inference_mode()
     def embed(self, texts: Sequence[str], batch_size: int = 32) -> torch.Tensor:
         """Vectors (len(texts), d_model) on the CPU: the mean of the final vectors over the tokens of each text."""
+        if isinstance(texts, str):
+            raise ValueError("texts is one string, which would be taken letter by letter; give a list: [text]")
         vectors = []
         for first in range(0, len(texts), batch_size):
             rows = [torch.tensor(self.tokenize(text)) for text in texts[first : first + batch_size]]
@@ -110,7 +113,8 @@ class Encoder:
             input_ids = pad(rows, batch_first=True, padding_value=self.tokenizer.special.pad).to(self.device)
             mask = pad([torch.ones_like(row) for row in rows], batch_first=True).to(self.device)
             vectors.append(mean_over_tokens(self.model.hydra(input_ids, mask), mask).cpu())
-        return torch.cat(vectors) if vectors else torch.empty(0, self.model.head.dense.in_features)
+        weight = self.model.head.dense.weight
+        return torch.cat(vectors) if vectors else torch.empty(0, weight.shape[1], dtype=weight.dtype)
 
 
 def load(device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Encoder:

@@ -188,6 +188,24 @@ def test_masked_language_model_and_embeddings_train(exported: tuple[Path, Path])
     assert model.hydra.embedding.word.weight.grad.abs().sum() > 0
 
 
+def test_long_rows_are_averaged_in_fp32(exported: tuple[Path, Path]) -> None:
+    """In fp16 the sum over 30,000 tokens is beyond the largest number."""
+    mean_over_tokens = sys.modules[
+        AutoModel.from_pretrained(exported[1], trust_remote_code=True).__module__
+    ].mean_over_tokens
+    vectors, mask = torch.full((1, 30_000, 2), 3.5).half(), torch.ones(1, 30_000)
+    vectors[0, 20_000:], mask[0, 20_000:] = torch.nan, 0
+    assert mean_over_tokens(vectors, mask).tolist() == [[3.5, 3.5]]
+
+
+def test_the_configuration_may_ask_for_tuples(exported: tuple[Path, Path]) -> None:
+    ids = torch.randint(5, 400, (2, 9))
+    for kind in (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoModelForTokenClassification):
+        model = kind.from_pretrained(exported[1], trust_remote_code=True, return_dict=False).eval()
+        assert isinstance(model(ids), tuple) and not isinstance(model(ids, return_dict=True), tuple)
+        assert kind is not AutoModel or model.embed(ids).shape == (2, 64)
+
+
 def assert_every_gradient(model: torch.nn.Module) -> None:
     """Finite, and not all zero, for every parameter."""
     for name, parameter in model.named_parameters():
