@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from hydra_scale.config import ParallelConfig
 from hydra_scale.convert.bare_mixer import read_mixer, run_mixer, write_mixer
@@ -162,10 +163,13 @@ def _write(form: Target, package: Package, aside: Path, target: Path) -> None:
         form.write(package, aside)
     except HydraScaleError as error:  # speaks of the file it was told to write
         raise type(error)(str(error).replace(str(aside), str(target))) from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error  # safetensors says it in words only
+        raise CheckpointError(f"{target}: cannot be written: {reason}; choose another output") from None
 
 
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    elif path.exists():
+        path.unlink()

@@ -30,7 +30,7 @@ def write_onnx(package: EncoderPackage | MixerPackage, path: Path) -> None:
     if package.dtype != torch.float32:
         raise ConfigError(
             f"{path}: the weights are {package.dtype}, and ONNX Runtime convolves float32 only on a CPU, where the file"
-            " is verified; convert --to torch-export, which keeps every dtype"
+            " is verified; convert --to torch-export, which keeps float64"
         )
     if (size := sum(tensor.nbytes for tensor in package.parameters.values())) > _LARGEST:
         raise ConfigError(

@@ -284,6 +284,16 @@ def test_transformers_is_needed_for_its_own_form_only(tmp_path: Path, monkeypatc
     convert("public-hydra", "public-hydra", source, tmp_path / "public.pt")
 
 
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [("huggingface", "m"), ("public-hydra", "m.safetensors"), ("public-hydra", "m.pt"), ("torch-export", "m.pt2")],
+)
+def test_a_place_that_takes_no_files_is_named(form: str, name: str, hydra: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match=f"file/{name}: cannot be written: .*; choose another output"):
+        convert("run", form, hydra / "run", tmp_path / "file" / name)
+
+
 def test_written_files_are_as_readable_as_others(hydra: Path, tmp_path: Path) -> None:
     (tmp_path / "plain").touch()
     save_file({"a": torch.zeros(1)}, tmp_path / "library.safetensors")
