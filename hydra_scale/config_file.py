@@ -4,6 +4,7 @@ YAML is read with the safe loader: no tag builds an object. Errors name file, li
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -143,8 +144,17 @@ def _validate(kind: type[AnySection], values: dict[str, Any], places: dict[KeyPa
     except ValidationError as error:
         first = error.errors()[0]
         keys = _keys_in(values, first["loc"])
-        place = next((places[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in places), source)
-        raise ConfigError(f"{place}: {_explain(kind, keys, first)}") from None
+        explained = _explain(kind, keys, first)
+        raise ConfigError(f"{_place_of(keys, explained, places) or source}: {explained}") from None
+
+
+def _place_of(keys: KeyPath, explained: str, places: dict[KeyPath, str]) -> str | None:
+    """Of the setting; where several do not go together, of one that is spoken of, an override if one is."""
+    words = set(re.findall(r"[\w.]*\w", explained))
+    named = [known for known in places if known[: len(keys)] == keys and ".".join(known[len(keys) :]) in words]
+    if named:
+        return places[max(named, key=lambda known: places[known].startswith("override"))]
+    return next((places[keys[:length]] for length in range(len(keys), 0, -1) if keys[:length] in places), None)
 
 
 def _keys_in(values: Any, location: tuple[str | int, ...]) -> KeyPath:
