@@ -133,8 +133,8 @@ def prepare(
             report = run(options, progress) if task is None else prepare_part(options, progress)
     if report is None:
         typer.echo(f"{options.output}: is there already")
-        return
-    _say(options.output, report, f" in {time.monotonic() - begun:.0f} s")
+    else:
+        _say(options.output, report, f" in {time.monotonic() - begun:.0f} s")
     if histogram:
         from hydra_data_prep.histogram import draw_lengths
 

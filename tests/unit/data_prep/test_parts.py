@@ -141,7 +141,10 @@ def test_processes_and_tasks_on_the_command_line(corpus: Path, tmp_path: Path, r
     assert not (tmp_path / "2.parts").exists()
     for task in (0, 1, 1):
         last = call(*common, "--output", tmp_path / "parts", "--task", task, "--tasks", 2)
-    assert "is there already" in last
+    assert "is there already" in last and "histogram" not in last
+    picture = tmp_path / "lengths.svg"
+    call(*common, "--output", tmp_path / "parts", "--task", 1, "--tasks", 2, "--histogram", picture)
+    assert "<svg" in picture.read_text()  # also of a part that is there
     call("join", tmp_path / "parts", "--output", tmp_path / "data")
     assert documents(tmp_path / "data", read_tokens) == documents(tmp_path / "2", read_tokens)
     assert read_manifest(tmp_path / "data").fingerprint("train") == read_manifest(tmp_path / "2").fingerprint("train")
