@@ -185,6 +185,8 @@ def _check_shapes(
         )
     batch, seqlen, nheads, _ = x_BLHP.shape
     ngroups, d_state = B_2BLGN.shape[3:]
+    if d_state == 0:
+        raise ValueError(f"B has shape {tuple(B_2BLGN.shape)}, a d_state of 0; expected at least 1")
     _check_shape("dt", dt_2BLH, (2, batch, seqlen, nheads))
     _check_shape("A", A_H, (nheads,))
     _check_shape("B", B_2BLGN, (2, batch, seqlen, ngroups, d_state))

@@ -150,9 +150,11 @@ def encode_rows(
     tokens: ids (batch, seqlen), or word vectors (batch, seqlen, d_model) in their place; token_type_ids (absent:
     segment 0) and attention_mask (absent: no padding): (batch, seqlen) integers. Returns the final vectors (batch,
     seqlen, d_model), zeros at padding, and with `keep_states` also those after the embedding and after each layer.
-    Raises ValueError for a row longer than the learned positions.
+    Raises ValueError for a mask of another shape, and for a row longer than the learned positions.
     """
     every = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    if attention_mask is not None and attention_mask.shape != every.shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}; expected {tuple(every.shape)}")
     present = (every if attention_mask is None else attention_mask).bool()
     segments = torch.zeros_like(every) if token_type_ids is None else token_type_ids
     positions, lengths = present.cumsum(-1) - 1, present.sum(-1)

@@ -206,6 +206,12 @@ def test_the_configuration_may_ask_for_tuples(exported: tuple[Path, Path]) -> No
         assert kind is not AutoModel or model.embed(ids).shape == (2, 64)
 
 
+def test_a_mask_of_another_shape_is_named(exported: tuple[Path, Path]) -> None:
+    model = AutoModel.from_pretrained(exported[1], trust_remote_code=True)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 8\); expected \(2, 9\)"):
+        model(torch.zeros(2, 9, dtype=torch.long), torch.ones(2, 8))
+
+
 def assert_every_gradient(model: torch.nn.Module) -> None:
     """Finite, and not all zero, for every parameter."""
     for name, parameter in model.named_parameters():
