@@ -9,6 +9,7 @@ state that entered its block (`_ReadStates`). The four are autograd functions be
 every elementwise intermediate of size tokens * heads * Q or 2 * tokens * channels for the backward pass.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -47,8 +48,11 @@ def block_scan(
     if diagonal_KQH is not None:
         diagonal = diagonal_KQH.unflatten(2, (num_groups, -1)).permute(0, 2, 3, 1)
 
-    # Logarithms of decay, <= 0, from the block's edge where the direction enters it to ...
-    log_decay = dt * A_H.unflatten(0, (num_groups, -1))[..., None]
+    # Logarithms of decay, <= 0. Beside what a neighbour reads, whose decay is 1, smaller ones than this cannot be told
+    # from nothing, and would leave no digits for differences of their sums.
+    least = 1.4 * math.log(torch.finfo(dt.dtype).eps)
+    log_decay = (dt * A_H.unflatten(0, (num_groups, -1))[..., None]).clamp_min(least)
+    # From the block's edge where the direction enters it to ...
     upto = torch.stack((log_decay[0].cumsum(-1), _cumsum_from_right(log_decay[1])))  # ... behind each token,
     before = torch.stack((_shift(upto[0], 1), _shift(upto[1], -1)))  # ... in front of each token,
     through = torch.stack((upto[0, ..., -1], upto[1, ..., 0]))  # ... the far edge,

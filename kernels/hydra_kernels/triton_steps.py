@@ -14,6 +14,9 @@ from .triton_language import tl, triton
 
 _LEAST_STEP = tl.constexpr(2.0**-64)
 """Where its logarithm is taken dt counts as at least this, so that a sum with it as a factor can be divided by it."""
+_LEAST_LOG_DECAY = tl.constexpr(-32.0)
+"""Of a token, in log2: beside what a neighbour reads, whose decay is 1, fp32 cannot tell less from nothing. Exponents
+are differences of running sums, which without a bound grow until no digit of a difference is left."""
 
 
 class Steps(NamedTuple):
@@ -69,6 +72,13 @@ def _add_or_restart(left, left_restarts, right, right_restarts):
 
 
 @triton.jit
+def _log_decay(dt, A):
+    """log2 of what a token leaves of the state; NaN stays."""
+    log_decay = dt * A * 1.4426950408889634
+    return tl.where(log_decay < _LEAST_LOG_DECAY, _LEAST_LOG_DECAY, log_decay)
+
+
+@triton.jit
 def _softplus(x):
     # log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); below e^-|x| = 1e-4 the series, where 1 + e would lose its digits
     e = tl.exp(-tl.abs(x))
@@ -101,7 +111,7 @@ def steps_kernel(
             dt = tl.minimum(tl.maximum(_softplus(dt + bias_V[None, :]), limit_low), limit_high)
             dt = tl.where(live, dt, 0.0)
         restart = tl.broadcast_to((token == (start if direction == 0 else stop - 1)).to(tl.int32)[:, None], (Q, V))
-        log_decay = dt * A_V[None, :] * 1.4426950408889634
+        log_decay = _log_decay(dt, A_V[None, :])
         cumulative, _ = tl.associative_scan((log_decay, restart), 0, _add_or_restart, reverse=direction == 1)
         reads = reads_state(start, stop, first, end, direction == 0, ALIGNED)
         writes, last_start, last_stop = writes_state(token, first, end, doc_start, doc_end, direction == 0)
@@ -178,7 +188,8 @@ def steps_backward_kernel(
         change = read_QV - (written_QV + crossing * dt_QV) + tl.where(edge[:, None] & live, passed_V[None, :], 0.0)
         restart_QV = tl.broadcast_to(restart.to(tl.int32)[:, None], (Q, V))
         log_grad, _ = tl.associative_scan((change, restart_QV), 0, _add_or_restart, reverse=direction == 0)
-        log_grad = tl.where(live, log_grad, 0.0)
+        bounded = _log_decay(dt_QV, A_V[None, :]) <= _LEAST_LOG_DECAY
+        log_grad = tl.where(live & ~bounded, log_grad, 0.0)
         grad_dt = written_QV / tl.maximum(dt_QV, _LEAST_STEP) + crossing + log_grad * A_V[None, :]
         grad_A_V += tl.sum(log_grad * dt_QV, 0)
         if RAW:

@@ -65,6 +65,22 @@ def test_of_what_heads_have_forgotten_nothing_is_read(lengths: list[int], monkey
     compare(inputs, borders(lengths))
 
 
+@pytest.mark.parametrize("rate", [10.0, 1e6])
+def test_heads_that_forget_at_once_keep_their_digits(rate: float) -> None:
+    """Neighbours see each other as much as ever. Of 1e6 a step nothing else is left, and A has no gradient."""
+    inputs = make_inputs(1, 64, 2, 5, 1, 3)
+    inputs["dt_2BLH"] *= 10.0
+    inputs["A_H"] = torch.tensor([-rate, -2.0 * rate], dtype=torch.float64)
+    found, expected = (
+        with_gradients(
+            lambda backend=backend, **values: quasiseparable_scan(**values, chunk_size=64, backend=backend),
+            {name: tensor.to(dtype) for name, tensor in inputs.items()},
+        )
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    assert_all_close(found, expected, 1e-4, floor=1e-6)
+
+
 def test_documents_do_not_touch_each_other() -> None:
     lengths, changed = [20, 5, 30], slice(20, 25)
     inputs = {name: tensor.float() for name, tensor in make_inputs(1, 55, 2, 5, 1, 3).items()}
