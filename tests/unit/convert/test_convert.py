@@ -51,6 +51,15 @@ def test_16_bit_weights_are_stored_as_they_came(tmp_path: Path) -> None:
     assert_equal(load_file(tmp_path / "back.safetensors"), halves)
 
 
+def test_16_bit_weights_are_widened_in_graphs(tmp_path: Path) -> None:
+    """docs/convert.md; that of ONNX is verified as it is written."""
+    torch.save({name: tensor.bfloat16() for name, tensor in state_dict(PUBLIC[0]).items()}, tmp_path / "halves.pt")
+    convert("public-hydra", "torch-export", tmp_path / "halves.pt", tmp_path / "graph.pt2")
+    weights = torch.export.load(tmp_path / "graph.pt2").state_dict
+    assert weights and {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    assert convert("public-hydra", "onnx", tmp_path / "halves.pt", tmp_path / "graph.onnx") < 1e-4
+
+
 def test_composer_checkpoint(tmp_path: Path) -> None:
     """As trainers write it: a prefix on every name, clocks and states of generators beside the weights."""
     public = state_dict(PUBLIC[0])

@@ -75,6 +75,14 @@ tensors["fp64"] = my_encoder.load(device="cpu", dtype=torch.float64).logits(give
 texts = json.loads(sys.argv[2])
 tensors["embeddings"] = encoder.embed(texts, batch_size=3)
 tensors["alone"] = torch.cat([encoder.embed([text]) for text in texts])
+assert my_encoder.load(device="cpu", dtype=torch.bfloat16).embed([]).dtype == torch.bfloat16
+assert 0 < len(encoder.fill_mask("so [MASK] it", top=10**6)) < 10**6
+try:
+    encoder.embed("letters")
+except ValueError as error:
+    assert "give a list" in str(error)
+else:
+    raise AssertionError("embedded letter by letter")
 encoder.model(given["input_ids"], given["attention_mask"]).sum().backward()
 untouched = [n for n, p in encoder.model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 save_file(tensors, sys.argv[3])
