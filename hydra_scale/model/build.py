@@ -62,8 +62,7 @@ def build_model(
             f" nearest: {-(-vocab_size // tensor.size) * tensor.size}"
         )
     try:
-        if config.model.mixer.backend == "triton":
-            resolve_backend("triton", torch.empty(0, device=device))
+        resolve_backend(config.model.mixer.backend, torch.empty(0, device=device))
     except ValueError as error:
         raise ConfigError(f"model.mixer.{error}") from None
     tokens = config.training.micro_batch_size * config.data.seqlen // (1 if context is None else context.size)

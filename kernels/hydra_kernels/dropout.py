@@ -30,7 +30,7 @@ def keyed_dropout(
         ValueError: another rate, or keys that are not int64, one for each token.
     """
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"rate is {rate}; expected a number from 0 up to, but not, 1")
+        raise ValueError(f"rate is {rate}; expected at least 0 and less than 1")
     if token_keys_T.shape != x_TD.shape[:1] or token_keys_T.dtype != torch.int64:
         raise ValueError(
             f"token_keys is {token_keys_T.dtype} of shape {tuple(token_keys_T.shape)}; expected int64 of shape"

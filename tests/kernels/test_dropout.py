@@ -70,7 +70,7 @@ def test_the_gradient_is_dropped_like_the_value(backend: str, seed: int) -> None
 @pytest.mark.parametrize(
     ("keys", "rate", "message"),
     [
-        (torch.arange(4), 1.0, "rate is 1.0; expected a number from 0"),
+        (torch.arange(4), 1.0, "rate is 1.0; expected at least 0 and less than 1"),
         (torch.arange(4), -0.5, "rate is -0.5"),
         (torch.arange(3), 0.5, r"token_keys is torch.int64 of shape \(3,\); expected int64 of shape \(4,\)"),
         (torch.arange(4).int(), 0.5, "token_keys is torch.int32"),
