@@ -102,6 +102,9 @@ def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch, casts_once:
     leaves = (x_TD, *parameters.values())
     places = [place for weight in weights.values() if (place := getattr(weight, "main_grad", None)) is not None]
     adds_gradients = len(places) == len(parameters)
+    if adds_gradients:
+        for leaf, place in zip(leaves[1:], places, strict=True):
+            setattr(leaf, "main_grad", place)  # noqa: B010 - where products add by themselves; a Tensor has no such name
 
     def run() -> torch.Tensor:
         if copies:
@@ -126,14 +129,14 @@ def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch, casts_once:
         with torch.cuda.stream(side):  # compiles kernels and lets libraries take their workspace
             for _ in range(_WARM_UP_RUNS):
                 y_TD = run()
-                torch.autograd.grad(y_TD, leaves, torch.zeros_like(y_TD))
+                torch.autograd.grad(y_TD, leaves, torch.zeros_like(y_TD), allow_unused=True)
                 del y_TD
         torch.cuda.current_stream(device).wait_stream(side)
         with torch.cuda.graph(forward, **capture):
             y_TD = run()
         grad_y_TD = torch.empty_like(y_TD)
         with torch.cuda.graph(backward, **capture):
-            gradients = torch.autograd.grad(y_TD, leaves, grad_y_TD)
+            gradients = torch.autograd.grad(y_TD, leaves, grad_y_TD, allow_unused=adds_gradients)
             if adds_gradients:
                 _add_to(places, gradients[1:])
                 gradients = gradients[:1]
@@ -156,8 +159,9 @@ def _copies_for_products(layers: nn.Module, device: torch.device) -> dict[str, t
     return {f"{name}.weight": torch.empty_like(module.weight, dtype=dtype) for name, module in linear}
 
 
-def _add_to(places: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> None:
-    pairs = list(zip(places, gradients, strict=True))
+def _add_to(places: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    """A gradient that is None has been added already."""
+    pairs = [(place, gradient) for place, gradient in zip(places, gradients, strict=True) if gradient is not None]
     alike = [pair for pair in pairs if pair[0].dtype == pair[1].dtype]
     torch._foreach_add_(*(list(tensors) for tensors in zip(*alike, strict=True)))
     for place, gradient in pairs:

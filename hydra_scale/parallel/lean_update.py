@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from hydra_kernels import AdamWNumbers, AdamWState, adamw_
+
 
 def share_weights(zero: Any, data_group: dist.ProcessGroup) -> None:
     """Let AdamW update a rank's part of the weights in place: `zero`'s copy of it becomes that part."""
@@ -37,7 +39,21 @@ def clip_in_update(zero: Any) -> None:
     zero.unscale_and_clip_grads = set_scale
 
 
-def norm_at_once(zero: Any) -> float:
+def update_at_once(zero: Any, norm: torch.Tensor) -> None:
+    """What follows from gradients that `FlatGradients` handed over, without the host having read their norm, for which
+    `zero.step` lets the device wait: AdamW divides them by what clips, and leaves all as it is unless it is finite."""
+    refused = norm.isfinite().logical_not().float()
+    clip = zero.clip_grad
+    divisor = ((norm + 1e-6) / clip).clamp(min=1.0).float() if clip > 0.0 else torch.ones_like(refused)
+    for index, weights in enumerate(zero.single_partition_of_fp32_groups):
+        group, state = zero.optimizer.param_groups[index], AdamWState(**zero.optimizer.state[weights])
+        numbers = AdamWNumbers(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        gradient = zero.averaged_gradients[index].flat_partition
+        adamw_(weights.data, gradient, state, numbers, divisor=divisor, refused=refused)
+    zero.update_lp_params()  # a rank's own part is in its place already
+
+
+def norm_at_once(zero: Any) -> torch.Tensor:
     """Of the gradients of all parameters over all ranks, as `zero.scaled_global_norm`, which starts three kernels a
     parameter, in fp64, and waits for the device once a group: of a step's time on an H100 a tenth."""
     groups = enumerate(zero.params_in_partition)
@@ -51,7 +67,7 @@ def norm_at_once(zero: Any) -> float:
     squares = norm.square()
     dist.all_reduce(squares, group=zero.dp_process_group)
     zero._model_parallel_all_reduce(squares, dist.ReduceOp.SUM)
-    return float(squares.sqrt())
+    return squares.sqrt()
 
 
 def _counted_here(gradients: list[Any], params: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -26,6 +26,7 @@ from torch import nn
 
 from hydra_kernels import cross_entropy
 from hydra_scale.parallel.placement import Placement, place
+from hydra_scale.parallel.product import place_of_gradient, product_adding
 from hydra_scale.topology import TensorRanks
 
 Stretches = tuple[tuple[int, int], ...]
@@ -119,7 +120,7 @@ class ColumnLinear(ColumnParallelLinear):
             disable_grad_reduce=tensor.sequence,  # `with_all_tokens` sums them
         )
         self.sequence_parallel = False  # it gathers as well
-        self._shared = shared
+        self._shared, self._is_whole = shared, tensor.size == 1
         shapes = {"weight": (out_features, in_features)} | ({"bias": (out_features,)} if bias else {})
         for name, shape in shapes.items():
             setattr(self, name, divided(shape, stretches))
@@ -135,11 +136,11 @@ class ColumnLinear(ColumnParallelLinear):
         """
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))  # megatron keeps its input for the backward pass as given
-        if multiply is None:
-            product, _ = super().forward(x, weight=self._joined("weight"))
-        else:
-            product = multiply(x, self._joined("weight"))
-        return product if self.bias is None else _with_bias(product, self._joined("bias"))
+        weight = self._joined("weight")
+        if multiply is None and self._is_whole and (place := place_of_gradient(x, weight)) is not None:
+            return product_adding(x, weight, place, self.bias)
+        result = super().forward(x, weight=weight)[0] if multiply is None else multiply(x, weight)
+        return result if self.bias is None else _with_bias(result, self._joined("bias"))
 
     def _joined(self, name: str) -> torch.Tensor:
         own = getattr(self, name)
@@ -167,12 +168,16 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """In the dtype of autocast where that is on; under sequence parallelism (this rank's tokens, out_features)."""
-        product, bias = super().forward(x)
-        return product if bias is None else _with_bias(product, seen_by_all(bias, self._tensor))
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if self._tensor.size == 1 and (place := place_of_gradient(x, self.weight)) is not None:
+            return product_adding(x, self.weight, place, self.bias)
+        result, bias = super().forward(x)
+        return result if bias is None else _with_bias(result, seen_by_all(bias, self._tensor))
 
 
-def _with_bias(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    return product + bias.to(product.dtype)  # an fp32 bias would make it all fp32
+def _with_bias(result: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    return result + bias.to(result.dtype)  # an fp32 bias would make it all fp32
 
 
 class WordEmbedding(VocabParallelEmbedding):
@@ -225,6 +230,10 @@ def vocabulary_logits(
     x_MD: torch.Tensor, word_embedding_VD: torch.Tensor, bias_V: torch.Tensor, tensor: TensorRanks
 ) -> torch.Tensor:
     """Scores (M, V) of this rank's part of the vocabulary."""
+    if torch.is_autocast_enabled(x_MD.device.type):
+        x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
+    if tensor.size == 1 and (place := place_of_gradient(x_MD, word_embedding_VD)) is not None:
+        return product_adding(x_MD, word_embedding_VD, place, bias_V)
     x_MD = x_MD if tensor.size == 1 else copy_to_tensor_model_parallel_region(x_MD)
     return nn.functional.linear(x_MD, word_embedding_VD, bias_V)
 

@@ -18,7 +18,7 @@ from hydra_scale.accelerator import import_deepspeed
 from hydra_scale.config import Config
 from hydra_scale.errors import CheckpointError
 from hydra_scale.parallel.flat_gradients import FlatGradients
-from hydra_scale.parallel.lean_update import clip_in_update, norm_at_once, share_weights
+from hydra_scale.parallel.lean_update import clip_in_update, norm_at_once, share_weights, update_at_once
 from hydra_scale.parallel.pipeline import Pipeline
 from hydra_scale.parallel.placement import Placement, global_name, placement_of
 from hydra_scale.topology import Topology
@@ -65,7 +65,7 @@ class ZeroOptimizer:
             mpu=_DataParallelUnit(topology),
         )
         self._zero = self._engine.optimizer
-        self._device = topology.accelerator.device
+        self._device, self._fetch = topology.accelerator.device, topology.accelerator.fetch
         self._autocast = partial(topology.accelerator.autocast, config.training.precision)
         self._is_stage_3 = config.zero.stage == 3
         self._discards = False
@@ -146,11 +146,21 @@ class ZeroOptimizer:
         self._discards = discard
         for group in self._zero.param_groups:
             group["lr"] = lr
+        if self._flat is not None:
+            return self._step_at_once()
         self._engine.step()
         norm = float(self._engine.get_global_grad_norm())
         if self._is_stage_3 and norm == float("inf") and (persistent := self._zero.persistent_parameters):
             persistent[0].all_gather(persistent)  # as after an update; DeepSpeed forgets it when it makes none
         return norm
+
+    def _step_at_once(self) -> float:
+        """The host learns the norm while the device updates."""
+        norm = torch.as_tensor(self._zero.scaled_global_norm(), device=self._device)
+        norm = torch.where(norm >= 0.0, norm, float("inf"))
+        found = self._fetch(norm)
+        update_at_once(self._zero, norm)
+        return float(found.values())
 
     def sources_not_finite(self) -> list[int]:
         """Global ranks of the data group whose gradients of the step just refused were not finite; empty where that

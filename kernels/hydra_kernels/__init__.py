@@ -1,5 +1,7 @@
 """The operations of the Hydra mixer, and the mixer itself. Needs torch only; usable without the rest of the project."""
 
+from .adamw import adamw_
+from .adamw_arguments import AdamWNumbers, AdamWState
 from .backends import BACKENDS, resolve_backend
 from .border import state_after
 from .conv import depthwise_conv_silu
@@ -15,6 +17,8 @@ from .scan import quasiseparable_scan
 
 __all__ = [
     "BACKENDS",
+    "AdamWNumbers",
+    "AdamWState",
     "Documents",
     "Entered",
     "Exchange",
@@ -23,6 +27,7 @@ __all__ = [
     "MixShape",
     "MixWeights",
     "ScanOperands",
+    "adamw_",
     "add_norm",
     "cross_entropy",
     "depthwise_conv_silu",

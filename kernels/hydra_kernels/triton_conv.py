@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_language import interpreted, tl, triton
-from .triton_sums import sum_of_parts
+from .triton_language import Kernel, interpreted, tl, triton, wait_for_earlier
+from .triton_sums import sums_of_rows
 
 
 class Walk(NamedTuple):
@@ -22,7 +22,7 @@ class Walk(NamedTuple):
 
 
 FORWARD = Walk(128, 8, 32 if interpreted else 64, 1)
-BACKWARD = Walk(128, 4, 32 if interpreted else 256, 2)
+BACKWARD = Walk(128, 4, 32 if interpreted else 248, 2)
 """Short walks in the interpreter, where inputs are: several programs then share the tokens there too."""
 
 
@@ -54,11 +54,11 @@ def _load_document(doc_start, doc_end, token, num_tokens):
 
 
 @triton.jit
-def _load_weights(weight, bias, channel, inside, num_channels, K: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """K rows of weight (K, C) and the bias, in fp32."""
+def _load_weights(weight, bias, channel, inside, K: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The K taps of weight (C, 1, K) and the bias, in fp32."""
     rows = ()
     for k in tl.static_range(K):
-        rows += (tl.load(weight + k * num_channels + channel, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
+        rows += (tl.load(weight + channel * K + k, mask=inside, other=0.0).to(tl.float32),)  # type: ignore[assignment]
     bias_C = tl.zeros(channel.shape, tl.float32)
     if HAS_BIAS:
         bias_C += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -112,26 +112,29 @@ def _convolve(
         tl.store(place, result.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
-@triton.jit
+@Kernel
 def _conv_kernel(
     x, weight, bias, doc_start, doc_end, out, num_tokens, num_channels,
     stride_x: tl.constexpr, stride_out: tl.constexpr,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """silu(bias + sum_k weight[k] x[t + k - K // 2]). Rows that read from one document only need no masks."""
+    wait_for_earlier()
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
-    weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
+    weights, bias_C = _load_weights(weight, bias, channel, inside, K, HAS_BIAS)
     first = tl.program_id(1) * (AT_ONCE * BLOCKS)
     before = _in_fp32(_load_rows(x, first - K // 2, channel, inside, num_tokens, stride_x, K - 1), K - 1)
     coming = _load_rows(x, first + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
+    coming_start, coming_stop = _load_document(doc_start, doc_end, first, num_tokens)
     for block in range(BLOCKS):
         begin = first + block * AT_ONCE
         rows = before + _in_fp32(coming, AT_ONCE)
+        start, stop = coming_start, coming_stop
         # the next rows are on their way while these are computed with
         ahead = begin + tl.where(block + 1 < BLOCKS, AT_ONCE, num_tokens)
         coming = _load_rows(x, ahead + K // 2, channel, inside, num_tokens, stride_x, AT_ONCE)
-        start, stop = _load_document(doc_start, doc_end, begin, num_tokens)
+        coming_start, coming_stop = _load_document(doc_start, doc_end, ahead, num_tokens)
         if (start <= begin - K // 2) & (begin + AT_ONCE + K // 2 <= stop):
             _convolve(
                 rows, weights, bias_C, begin, out, channel, inside, doc_start, doc_end, num_tokens, stride_out,
@@ -176,7 +179,7 @@ def _convolve_back(
     return _last_rows(inner, K - 1 + AT_ONCE, K - 1), of_taps, of_bias
 
 
-@triton.jit
+@Kernel
 def _conv_backward_kernel(
     x, weight, bias, grad, doc_start, doc_end, grad_x, parts, num_tokens, num_channels,
     stride_x: tl.constexpr, stride_grad: tl.constexpr, stride_grad_x: tl.constexpr,
@@ -187,26 +190,29 @@ def _conv_backward_kernel(
     At row s the gradient in front of SiLU is made of token s, and from the last K of them the gradient of x at token
     s - K // 2. So a program walks over K - 1 rows more than the tokens it owns.
     """
+    wait_for_earlier()
     HALF: tl.constexpr = K // 2
     OWN: tl.constexpr = AT_ONCE * BLOCKS - 2 * HALF
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
-    weights, bias_C = _load_weights(weight, bias, channel, inside, num_channels, K, HAS_BIAS)
+    weights, bias_C = _load_weights(weight, bias, channel, inside, K, HAS_BIAS)
     first = tl.program_id(1) * OWN
     before = _in_fp32(_load_rows(x, first - 2 * HALF, channel, inside, num_tokens, stride_x, K - 1), K - 1)
     coming = _load_rows(x, first, channel, inside, num_tokens, stride_x, AT_ONCE)
     coming_grads = _load_rows(grad, first - HALF, channel, inside, num_tokens, stride_grad, AT_ONCE)
+    coming_start, coming_stop = _load_document(doc_start, doc_end, first - HALF, num_tokens)
     of_bias = tl.zeros_like(bias_C)
     inner = (of_bias,) * (K - 1)
     of_taps = (of_bias,) * K
     for block in range(BLOCKS):
         begin = first - HALF + block * AT_ONCE
         rows, grads = before + _in_fp32(coming, AT_ONCE), _in_fp32(coming_grads, AT_ONCE)
+        start, stop = coming_start, coming_stop
         # the next rows are on their way while these are computed with
         ahead = begin + tl.where(block + 1 < BLOCKS, AT_ONCE, num_tokens)
         coming = _load_rows(x, ahead + HALF, channel, inside, num_tokens, stride_x, AT_ONCE)
         coming_grads = _load_rows(grad, ahead, channel, inside, num_tokens, stride_grad, AT_ONCE)
-        start, stop = _load_document(doc_start, doc_end, begin, num_tokens)
+        coming_start, coming_stop = _load_document(doc_start, doc_end, ahead, num_tokens)
         in_document = (start <= begin - 2 * HALF) & (begin + AT_ONCE + HALF <= stop)
         if in_document & (begin - HALF >= first) & (begin + AT_ONCE <= first + OWN):
             inner, of_taps, of_bias = _convolve_back(
@@ -228,14 +234,13 @@ def _conv_backward_kernel(
 def conv_forward(
     x_TC: torch.Tensor, weight_C1K: torch.Tensor, bias_C: torch.Tensor | None, starts: torch.Tensor, ends: torch.Tensor
 ) -> torch.Tensor:
-    """silu(conv(x)) (T, C), contiguous; x may be columns of a wider matrix."""
+    """silu(conv(x)) (T, C), contiguous; x may be columns of a wider matrix, the weight (C, 1, K) is contiguous."""
     num_tokens, num_channels = x_TC.shape
     out_TC = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device)
-    weight_KC = weight_C1K[:, 0].T.contiguous()
     walk = FORWARD
     _conv_kernel[(triton.cdiv(num_channels, walk.channels), triton.cdiv(num_tokens, walk.rows))](
-        x_TC, weight_KC, bias_C, starts, ends, out_TC, num_tokens, num_channels, x_TC.stride(0), out_TC.stride(0),
-        K=weight_KC.shape[0], HAS_BIAS=bias_C is not None, CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once,
+        x_TC, weight_C1K, bias_C, starts, ends, out_TC, num_tokens, num_channels, x_TC.stride(0), out_TC.stride(0),
+        K=weight_C1K.shape[-1], HAS_BIAS=bias_C is not None, CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once,
         BLOCKS=walk.rows // walk.rows_at_once, num_warps=walk.warps,
     )  # fmt: skip
     return out_TC
@@ -257,9 +262,9 @@ def conv_backward(
     num_parts = triton.cdiv(num_tokens, rows - (taps - 1))
     parts = torch.empty(num_parts, taps + 1, num_channels, dtype=torch.float32, device=x_TC.device)
     _conv_backward_kernel[(triton.cdiv(num_channels, walk.channels), num_parts)](
-        x_TC, weight_C1K[:, 0].T.contiguous(), bias_C, grad_TC, starts, ends, grad_x_TC, parts, num_tokens,
+        x_TC, weight_C1K, bias_C, grad_TC, starts, ends, grad_x_TC, parts, num_tokens,
         num_channels, x_TC.stride(0), grad_TC.stride(0), grad_x_TC.stride(0), K=taps, HAS_BIAS=bias_C is not None,
         CHANNELS=walk.channels, AT_ONCE=walk.rows_at_once, BLOCKS=rows // walk.rows_at_once, num_warps=walk.warps,
     )  # fmt: skip
-    sums = sum_of_parts(parts)
-    return sums[:taps].T[:, None, :].contiguous(), sums[taps]
+    grad_weight_CK, grad_bias_C = sums_of_rows(parts, first=taps)
+    return grad_weight_CK[:, None], grad_bias_C

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .exchange import Exchange
 from .mix_arguments import MixShape, MixWeights, in_dtypes_of
+from .precision import product_in_fp32
 from .scan_inputs import ScanInputs
 from .triton_conv import conv_backward, conv_forward
 from .triton_norm import norm_backward, norm_forward
@@ -160,7 +161,7 @@ def mix_backward(
         weights.fc_D_weight.to(projected_TE.dtype),
     )
     assert grads.diagonal_TH is not None
-    grad_fc_D = grads.diagonal_TH.to(projected_TE.dtype).T @ own_conv_TC[:, :d_inner]
+    grad_fc_D = product_in_fp32(grads.diagonal_TH.to(projected_TE.dtype).T, own_conv_TC[:, :d_inner])
     convolved = slice(d_inner, d_inner + shape.widths[1])
     grad_weight, grad_bias = conv_backward(
         projected_TE[:, convolved],

@@ -20,7 +20,7 @@ from .triton_gradient import across_kernel, vectors_kernel, within_kernel
 from .triton_language import dot_precision, padded_width, triton
 from .triton_output import apply_kernel
 from .triton_steps import Steps, steps_backward_kernel, steps_kernel
-from .triton_sums import sum_of_parts
+from .triton_sums import sums_of_rows
 from .triton_sweeps import States, Sweep, Totals, pass_segments
 from .triton_tiles import described, fits
 from .tuned import Launch, Settings, settings
@@ -324,5 +324,5 @@ def scan_backward(
         of_first_GN, of_last_GN = given()
         columns[0, 1, 1] += of_first_GN
         columns[-1, 0, 1] += of_last_GN
-    A_H, bias_H, D_H = sum_of_parts(sums)
-    return ScanGradients(A_H, bias_H, D_H, grad_diagonal, edges_2SHPN, grad_readout)
+    A_H1, bias_H, D_H = sums_of_rows(sums, first=1)
+    return ScanGradients(A_H1[:, 0], bias_H, D_H, grad_diagonal, edges_2SHPN, grad_readout)

@@ -24,7 +24,7 @@ def both_norms(overrides: list[str]) -> list[tuple[float, float]]:
 
         def both() -> torch.Tensor:
             expected = deepspeeds()
-            found.append((float(expected), norm_at_once(optimizer._zero)))
+            found.append((float(expected), float(norm_at_once(optimizer._zero))))
             return expected
 
         optimizer._zero.scaled_global_norm = both
