@@ -3,18 +3,17 @@
 import torch
 
 from .adamw_arguments import AdamWNumbers, AdamWState
-from .triton_language import Kernel, tl, triton, wait_for_earlier
+from .triton_language import tl, triton
 
 _BLOCK = 2048
 
 
-@Kernel
+@triton.jit
 def _adamw_kernel(
     weights, gradient, exp_avg, exp_avg_sq, sizes, divisor, refused, num_elements,
     new1, beta2, new2, eps, decay, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """sizes: lr / (1 - beta1^t) and 1 / sqrt(1 - beta2^t). new1, new2: 1 - beta1, 1 - beta2. decay: lr times it."""
-    wait_for_earlier()
     if tl.load(refused) != 0.0:
         return
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_language import Kernel, interpreted, tl, triton, wait_for_earlier
+from .triton_language import interpreted, tl, triton
 from .triton_sums import sums_of_rows
 
 
@@ -112,14 +112,13 @@ def _convolve(
         tl.store(place, result.to(out.dtype.element_ty), mask=inside & (token < num_tokens))
 
 
-@Kernel
+@triton.jit
 def _conv_kernel(
     x, weight, bias, doc_start, doc_end, out, num_tokens, num_channels,
     stride_x: tl.constexpr, stride_out: tl.constexpr,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, CHANNELS: tl.constexpr, AT_ONCE: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """silu(bias + sum_k weight[k] x[t + k - K // 2]). Rows that read from one document only need no masks."""
-    wait_for_earlier()
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     inside = channel < num_channels
     weights, bias_C = _load_weights(weight, bias, channel, inside, K, HAS_BIAS)
@@ -179,7 +178,7 @@ def _convolve_back(
     return _last_rows(inner, K - 1 + AT_ONCE, K - 1), of_taps, of_bias
 
 
-@Kernel
+@triton.jit
 def _conv_backward_kernel(
     x, weight, bias, grad, doc_start, doc_end, grad_x, parts, num_tokens, num_channels,
     stride_x: tl.constexpr, stride_grad: tl.constexpr, stride_grad_x: tl.constexpr,
@@ -190,7 +189,6 @@ def _conv_backward_kernel(
     At row s the gradient in front of SiLU is made of token s, and from the last K of them the gradient of x at token
     s - K // 2. So a program walks over K - 1 rows more than the tokens it owns.
     """
-    wait_for_earlier()
     HALF: tl.constexpr = K // 2
     OWN: tl.constexpr = AT_ONCE * BLOCKS - 2 * HALF
     channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)

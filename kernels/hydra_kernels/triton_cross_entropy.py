@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from .triton_language import OPERATORS, Kernel, tl, triton, wait_for_earlier
+from .triton_language import OPERATORS, tl, triton
 
 _BLOCK, _WARPS = 1024, 2
 _BLOCK_BACK, _WARPS_BACK = 2048, 8
@@ -17,9 +17,8 @@ _LOWEST = tl.constexpr(-1e38)
 """Below every score, and finite: differences with it are no NaN."""
 
 
-@Kernel
+@triton.jit
 def _loss_kernel(logits, targets, losses, log_sums, likeliest, num_classes: tl.constexpr, BLOCK: tl.constexpr):
-    wait_for_earlier()
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * num_classes
     lane = tl.arange(0, BLOCK)
@@ -42,11 +41,10 @@ def _loss_kernel(logits, targets, losses, log_sums, likeliest, num_classes: tl.c
     tl.store(likeliest + row, tl.min(tl.where(top_B == top, best_B, num_classes - 1), 0).to(tl.int64))
 
 
-@Kernel
+@triton.jit
 def _loss_backward_kernel(
     grads, logits, targets, log_sums, grad_logits, num_classes: tl.constexpr, BLOCK: tl.constexpr
 ):
-    wait_for_earlier()
     row = tl.program_id(0).to(tl.int64)
     at_B = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = at_B < num_classes

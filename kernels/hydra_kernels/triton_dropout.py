@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from .triton_language import OPERATORS, Kernel, tl, triton, wait_for_earlier
+from .triton_language import OPERATORS, tl, triton
 
 _BLOCK = 1024
 
@@ -19,10 +19,9 @@ def _hash32(value):
     return value ^ (value >> 16)
 
 
-@Kernel
+@triton.jit
 def _dropout_kernel(x, keys, of_run, out, threshold, scale, num_channels, stride, BLOCK: tl.constexpr):
     """As `dropout.keyed_dropout` says it."""
-    wait_for_earlier()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = channel < num_channels

@@ -1,6 +1,6 @@
 """The gradients of B, C and the decays: what lies within a chunk, and what crosses its borders."""
 
-from .triton_language import Kernel, interpreted, tl, triton, wait_for_earlier
+from .triton_language import interpreted, tl, triton
 from .triton_steps import chunk_bounds
 from .triton_tiles import load_head, load_readers, load_state, load_tile, neighbours
 
@@ -37,7 +37,7 @@ def _sum_three(a, b, c, AXIS: tl.constexpr):
     return sums
 
 
-@Kernel
+@triton.jit
 def within_kernel(
     x, grad_y, cumulative, write_log, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
     grad_vectors, read, written, grad_diagonal,
@@ -56,7 +56,6 @@ def within_kernel(
     B backward, C backward; those of C stand at the token that reads with them. read, written (2, H, T) as
     steps_backward wants; grad_diagonal (T, H) fp32.
     """
-    wait_for_earlier()
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
     if first >= end:
@@ -138,7 +137,7 @@ def within_kernel(
     tl.store(target + 3 * width, tl.dot(upper, Bb, input_precision=PRECISION), mask=mask)
 
 
-@Kernel
+@triton.jit
 def across_kernel(
     x, grad_y, dt, arrive, depart, B, C, readout, doc_start, doc_end, chunk_start, chunk_document,
     states, grad_states, grad_vectors, read, written, kept,
@@ -157,7 +156,6 @@ def across_kernel(
     forward one. grad_vectors is a further part of the sum; read, written (2, H, T) and kept (2, num_chunks, H) as
     steps_backward wants; dt and the factors: see `Steps`.
     """
-    wait_for_earlier()
     chunk, direction = tl.program_id(0) // 2, tl.program_id(0) % 2
     ascending = direction == 0
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
@@ -219,13 +217,12 @@ def across_kernel(
     tl.store(target + width, grad_C, mask=mask)
 
 
-@Kernel
+@triton.jit
 def vectors_kernel(
     parts, doc_start, doc_end, out, num_tokens, stride_out_token,
     PARTS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr, Q: tl.constexpr,
 ):  # fmt: skip
     """Sums the programs' parts of dB and dC and moves those of C from the reading token to its own. Columns 4 G N."""
-    wait_for_earlier()
     token = tl.program_id(0) * Q + tl.arange(0, Q)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     live = token < num_tokens

@@ -1,8 +1,6 @@
 """The one place that knows whether Triton is there. Kernel modules take it from here, imported only if it is."""
 
 import secrets
-from collections.abc import Callable
-from functools import cache, partial
 from typing import Any
 
 import torch
@@ -10,8 +8,6 @@ import torch
 try:
     import triton
     import triton.language as tl
-    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-    from triton.language.target_info import cuda_capability_geq
 except ImportError:
     triton: Any = None  # type: ignore[no-redef]
     tl: Any = None  # type: ignore[no-redef]
@@ -48,37 +44,3 @@ def dot_precision(dtype: torch.dtype) -> str:
 def padded_width(width: int) -> int:
     """Smallest power of two a tile of `width` columns fits in; matrix units take no less than 16."""
     return max(16, 1 << (width - 1).bit_length())
-
-
-class Kernel:
-    """A kernel whose programs are given their places on the GPU while the last ones of the kernel before it still run,
-    where the GPU can (programmatic dependent launch, Hopper and later): between two kernels it is idle for less time.
-
-    Its function begins with `wait_for_earlier`, before which it reads and writes nothing.
-    """
-
-    def __init__(self, function: Callable[..., None]) -> None:
-        self._jit = triton.jit(function)
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
-        launch = self._jit[grid]
-        return partial(launch, launch_pdl=True) if _launches_early() else launch
-
-
-@cache
-def _launches_early() -> bool:
-    if interpreted or not torch.cuda.is_available() or torch.version.cuda is None:
-        return False
-    return torch.cuda.get_device_capability() >= (9, 0)
-
-
-if available:
-    _COMPILED = tl.constexpr(not interpreted)
-
-    @triton.jit
-    def wait_for_earlier() -> None:
-        """Let the next kernel's programs come as soon as all of this one's have, and wait until all that earlier
-        kernels wrote can be seen."""
-        if _COMPILED and cuda_capability_geq(9, 0):
-            gdc_launch_dependents()
-            gdc_wait()

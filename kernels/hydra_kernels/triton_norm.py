@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from .triton_language import OPERATORS, Kernel, tl, triton, wait_for_earlier
+from .triton_language import OPERATORS, tl, triton
 from .triton_sums import sum_of_parts
 
 _ROWS = 32
@@ -13,13 +13,12 @@ _STAGES = 3
 """Of the backward pass: rows on their way while one is computed with, and it."""
 
 
-@Kernel
+@triton.jit
 def _norm_kernel(
     y, z, weight, squares, out, inverse, num_channels, width, eps, stride_y, stride_z, stride_out,
     GIVEN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """num_channels of the `width` channels over which the norm is taken. GIVEN: squares (T,) is their sum."""
-    wait_for_earlier()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < num_channels
@@ -33,14 +32,13 @@ def _norm_kernel(
     tl.store(inverse + row, scale)
 
 
-@Kernel
+@triton.jit
 def _norm_backward_kernel(
     y, z, weight, inverse, grad, grad_y, grad_z, grad_squares, parts, num_tokens, num_channels, width,
     stride_y, stride_z, stride_grad, stride_grad_y, stride_grad_z,
     GIVEN: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """GIVEN: the squares were an input, whose gradient stands apart from y's."""
-    wait_for_earlier()
     channel = tl.arange(0, BLOCK)
     mask = channel < num_channels
     weight_C = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)
@@ -67,9 +65,8 @@ def _norm_backward_kernel(
     tl.store(parts + tl.program_id(0).to(tl.int64) * num_channels + channel, grad_weight, mask=mask)
 
 
-@Kernel
+@triton.jit
 def _squares_kernel(y, out, num_channels, stride_y, BLOCK: tl.constexpr):
-    wait_for_earlier()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     y_C = tl.load(y + row * stride_y + channel, mask=channel < num_channels, other=0.0).to(tl.float32)

@@ -1,11 +1,11 @@
 """A chunk's own matrix, both directions and the diagonal at once, times its tokens, plus what the states bring."""
 
-from .triton_language import Kernel, tl, wait_for_earlier
+from .triton_language import tl, triton
 from .triton_steps import chunk_bounds, reads_state, writes_state
 from .triton_tiles import load_head, load_readers, load_state, load_tile, neighbours
 
 
-@Kernel
+@triton.jit
 def apply_kernel(
     values, cumulative, write_log, B, C, diagonal, D, tall, wide, readout,
     doc_start, doc_end, chunk_start, chunk_document, states, out,
@@ -27,7 +27,6 @@ def apply_kernel(
     TRANSPOSED: values is the gradient of the output, states are the gradients of those that leave it, which B wrote to;
     the result is the gradient of x. HAS_RANK: tall (T, H) fp32 times wide (H, H P) is added, RANK rows at a time.
     """
-    wait_for_earlier()
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
     if first >= end:

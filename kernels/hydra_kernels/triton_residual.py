@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from .triton_language import OPERATORS, Kernel, tl, triton, wait_for_earlier
+from .triton_language import OPERATORS, tl, triton
 from .triton_sums import sum_of_parts
 
 _ROWS = 32
@@ -13,13 +13,12 @@ _STAGES = 3
 """Of the backward pass: rows on their way while one is computed with, and it."""
 
 
-@Kernel
+@triton.jit
 def _add_norm_kernel(
     x, branch, weight, bias, total, out, low, mean, inverse, width, eps, stride_x, stride_branch,
     CENTRED: tl.constexpr, HAS_LOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """low: the result once more, in another dtype."""
-    wait_for_earlier()
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     mask = channel < width
@@ -40,7 +39,7 @@ def _add_norm_kernel(
     tl.store(inverse + row, scale)
 
 
-@Kernel
+@triton.jit
 def _add_norm_backward_kernel(
     total, weight, mean, inverse, grad, grad_low, grad_x, grad_branch, parts, num_tokens, width,
     stride_grad, stride_low,
@@ -48,7 +47,6 @@ def _add_norm_backward_kernel(
     BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Of one or both results, the same for both summands; parts (programs, 1 or 2, D) for weight and bias."""
-    wait_for_earlier()
     channel = tl.arange(0, BLOCK)
     mask = channel < width
     weight_D = tl.load(weight + channel, mask=mask, other=0.0).to(tl.float32)

@@ -12,7 +12,7 @@ The gradient of the states flows the other way: the same sweeps with the output'
 
 import torch
 
-from .triton_language import Kernel, padded_width, tl, triton, wait_for_earlier
+from .triton_language import padded_width, tl, triton
 from .triton_steps import chunk_bounds
 
 _LEAST = tl.constexpr(2.0**-126)
@@ -110,7 +110,7 @@ def _reach(
     return tl.where(reach >= _LEAST, reach, 0.0)
 
 
-@Kernel
+@triton.jit
 def sweep_kernel(
     values, vectors, dt, arrive, depart, through, doc_start, doc_end, chunk_start, chunk_document, edge_in, readout,
     entering, states, edge_out, total, counts, total_decay,
@@ -133,7 +133,6 @@ def sweep_kernel(
     that leaves it. ALIGNED: each chunk belongs to one document, whose state starts as edge_in (2, S, H, P, N), or zero,
     and ends in edge_out; one part. HAS_BESIDE: C has rows in front of its first token and behind its last.
     """
-    wait_for_earlier()
     STEPS: tl.constexpr = R // PARTS
     direction = tl.program_id(0) % 2
     head = tl.program_id(0) // 2
@@ -226,7 +225,7 @@ def sweep_kernel(
             tl.store(total_decay + place, decay * reach)
 
 
-@Kernel
+@triton.jit
 def pass_kernel(
     total, counts, total_decay, initial, entering, leaving, decay, C, readout,
     num_segments, num_tokens, num_heads, num_groups,
@@ -241,7 +240,6 @@ def pass_kernel(
     last segment (2, H, P, N) and the decay of it all (2, H), fp32. HAS_READOUT: also the vectors (2, G, N) that others
     read with, C of the last token forward, of the first backward.
     """
-    wait_for_earlier()
     head, direction = tl.program_id(0), tl.program_id(1)
     if HAS_READOUT:
         n = tl.arange(0, NP)
@@ -285,7 +283,7 @@ def pass_kernel(
         tl.store(decay + edge, factor)
 
 
-@Kernel
+@triton.jit
 def chain_kernel(
     messages, entering, readout, rank, size, stride_message, num_heads,
     ELEMENTS: tl.constexpr, VECTORS: tl.constexpr, BLOCK: tl.constexpr, VECTOR_BLOCK: tl.constexpr,
@@ -295,7 +293,6 @@ def chain_kernel(
 
     Grid (H + 1, 2, ELEMENTS / BLOCK): the last of the first takes the VECTORS = G N numbers of either neighbour.
     """
-    wait_for_earlier()
     head, direction = tl.program_id(0), tl.program_id(1)
     decays = 2 * num_heads * ELEMENTS
     if head == num_heads:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_language import Kernel, tl, triton, wait_for_earlier
+from .triton_language import tl, triton
 
 _LEAST_STEP = tl.constexpr(2.0**-64)
 """Where its logarithm is taken dt counts as at least this, so that a sum with it as a factor can be divided by it."""
@@ -85,7 +85,7 @@ def _softplus(x):
     return tl.maximum(x, 0.0) + tl.where(e < 1e-4, e - 0.5 * e * e, tl.log(1.0 + e))
 
 
-@Kernel
+@triton.jit
 def steps_kernel(
     raw, bias, A, doc_start, doc_end, chunk_start,
     dt_out, cumulative_out, write_log_out, arrive_out, depart_out, through,
@@ -93,7 +93,6 @@ def steps_kernel(
     Q: tl.constexpr, V: tl.constexpr, RAW: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """The fields of `Steps`, fp32. RAW: dt = clamp(softplus(raw + bias)) and A holds log(-A)."""
-    wait_for_earlier()
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
     head = tl.program_id(1) * V + tl.arange(0, V)
@@ -132,7 +131,7 @@ def steps_kernel(
         tl.store(through + chunk_place, factor, mask=head < num_heads)
 
 
-@Kernel
+@triton.jit
 def steps_backward_kernel(
     raw, bias, A, dt, through, read, written, read_across, written_across, kept, grad_diagonal,
     doc_start, doc_end, chunk_start, grad_raw, sums,
@@ -148,7 +147,6 @@ def steps_backward_kernel(
     state times the gradient of the leaving one. The exponent of M[i, j] is the sum of log decays strictly between j and
     i: a running sum from the far side of read minus written.
     """
-    wait_for_earlier()
     chunk = tl.program_id(0)
     first, end = chunk_bounds(chunk, chunk_start, doc_end, num_tokens, Q, ALIGNED)
     head = tl.program_id(1) * V + tl.arange(0, V)

@@ -2,18 +2,17 @@
 
 import torch
 
-from .triton_language import Kernel, interpreted, tl, triton, wait_for_earlier
+from .triton_language import interpreted, tl, triton
 
 _ROWS, _COLUMNS = (16, 1024) if interpreted else (256, 16)
 """Of a tile. The interpreter runs one program after the other, so there are few of them there."""
 
 
-@Kernel
+@triton.jit
 def _sum_kernel(
     parts, out, second, third, num_parts, num_columns, width,
     FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    wait_for_earlier()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < num_columns
     row = tl.arange(0, ROWS)
