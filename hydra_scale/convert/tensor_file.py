@@ -101,7 +101,8 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     """Write a `.safetensors` file with its metadata, or a flat state dict as `.pt`, which has none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".pt":
-        torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+        with path.open("wb") as file:  # an OSError where the disk is full, of which torch's own writer says nothing
+            torch.save({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
     else:
         write_safetensors(path, tensors, metadata)
 

@@ -16,7 +16,8 @@ def cross_entropy(
     """-log softmax(logits)[target] of each row, and the first of its highest scores: (M,) and int64 (M,).
 
     logits: (M, V), of any floating dtype; targets: int64 (M,), in [0, V). Computed and returned in fp32 (fp64); the
-    gradient has the logits' dtype, and nothing as large as they are is kept beside them.
+    gradient has the logits' dtype, and nothing as large as they are is kept beside them. What belongs to a target that
+    is no class is NaN on Triton kernels; PyTorch's own raise (IndexError on a CPU).
     Raises ValueError for shapes that do not fit, or an unknown backend.
     """
     backend = resolve_backend(backend, logits_MV)

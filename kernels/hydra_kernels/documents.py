@@ -16,6 +16,8 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, seqlen: int) -> list[
     documents at all is [0], for seqlen 0. Reads the values, so a CUDA device is waited for.
     Raises ValueError naming what is wrong and what to do.
     """
+    if not isinstance(cu_seqlens, torch.Tensor):
+        raise ValueError(f"cu_seqlens is a {type(cu_seqlens).__name__}; expected a tensor: torch.tensor(cu_seqlens)")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}; expected int32 or int64 of shape "

@@ -36,7 +36,10 @@ def _loss_kernel(logits, targets, losses, log_sums, likeliest, num_classes: tl.c
         top_B = tl.where(higher_B, x_B, top_B)
     top = tl.max(top_B, 0)
     log_sum = top + tl.log(tl.sum(sum_B * tl.exp(top_B - top), 0))
-    tl.store(losses + row, log_sum - tl.load(start + tl.load(targets + row)).to(tl.float32))
+    target = tl.load(targets + row)
+    is_class = (target >= 0) & (target < num_classes)
+    of_target = tl.load(start + target, mask=is_class, other=float("nan")).to(tl.float32)
+    tl.store(losses + row, log_sum - of_target)
     tl.store(log_sums + row, log_sum)
     tl.store(likeliest + row, tl.min(tl.where(top_B == top, best_B, num_classes - 1), 0).to(tl.int64))
 
@@ -50,8 +53,10 @@ def _loss_backward_kernel(
     mask = at_B < num_classes
     place = row * num_classes + at_B
     share_B = tl.exp(tl.load(logits + place, mask=mask, other=0.0).to(tl.float32) - tl.load(log_sums + row))
-    share_B -= (at_B == tl.load(targets + row)).to(tl.float32)
-    result_B = tl.load(grads + row) * share_B
+    target = tl.load(targets + row)
+    share_B -= (at_B == target).to(tl.float32)
+    is_class = (target >= 0) & (target < num_classes)
+    result_B = tl.where(is_class, tl.load(grads + row) * share_B, float("nan"))
     tl.store(grad_logits + place, result_B.to(grad_logits.dtype.element_ty), mask=mask)
 
 

@@ -72,3 +72,12 @@ def test_scores_of_16_bits_are_summed_in_fp32() -> None:
         assert_close(losses, expected, 1e-6, backend)
         losses.sum().backward()
         assert leaf.grad is not None and leaf.grad.dtype == torch.bfloat16
+
+
+def test_a_target_that_is_no_class_is_not_scored_as_one() -> None:
+    """Neither by what lies beside the scores nor as nothing: the row's loss and gradient are NaN, others' are not."""
+    scores = torch.randn(5, 2500, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    losses, _ = cross_entropy(scores, torch.tensor([0, 2500, 2499, -1, -100], device=DEVICE), backend="triton")
+    assert losses.isnan().tolist() == [False, True, False, True, True]
+    (grad,) = torch.autograd.grad(losses.sum(), scores)
+    assert grad.isnan().all(1).tolist() == grad.isnan().any(1).tolist() == losses.isnan().tolist()

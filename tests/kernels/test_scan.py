@@ -201,6 +201,7 @@ def test_cost_is_linear_in_the_length() -> None:
         ({"cu_seqlens": torch.tensor([0, 4, 4, 10])}, "document 1 the length 0"),
         ({"cu_seqlens": torch.tensor([0, 6, 4, 10])}, "document 1 the length -2"),
         ({"cu_seqlens": torch.tensor([0.0, 10.0])}, "expected int32 or int64"),
+        ({"cu_seqlens": [0, 10]}, "is a list; expected a tensor"),
         ({"A_H": torch.zeros(3)}, "A has shape"),
         ({"B_2BLGN": torch.zeros(2, 1, 10, 2, 0)}, "a d_state of 0; expected at least 1"),
         ({"initial_states": torch.zeros(1)}, "initial_states has shape"),
