@@ -34,12 +34,11 @@ class Cost:
         return self.linear * width + self.quadratic * width**2
 
 
-MIXER_FORWARD = Cost.measured(2.34, 6.65)
-MIXER_BOTH = Cost.measured(7.89, 23.1)
-"""bf16: forward, and forward and backward, of a mixer at d_model 1024 and 2048; as the next, of version 9c311a1."""
-TRAINED_TOKENS_PER_SECOND = 135_300
-"""The 334M model of 45 layers at d_model 1024 and L = 2048, whole steps of 16,384 tokens; today's are 7% faster
-(docs/performance.md)."""
+MIXER_FORWARD = Cost.measured(2.33, 7.16)
+MIXER_BOTH = Cost.measured(7.83, 24.0)
+"""bf16: forward, and forward and backward, of a mixer at d_model 1024 and 2048 (docs/performance.md)."""
+TRAINED_TOKENS_PER_SECOND = 151_500
+"""The 334M model of 45 layers at d_model 1024 and L = 2048, whole steps of 16,384 tokens."""
 MEASURED_TOKENS = 16_384
 BESIDE_MIXERS = Cost((1 / TRAINED_TOKENS_PER_SECOND - 45 * MIXER_BOTH.at(1024)) / 45, 0.0)
 """What is left of that step, a layer."""

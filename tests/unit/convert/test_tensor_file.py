@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hydra_scale.convert.tensor_file import read_tensors
+from hydra_scale.convert.tensor_file import read_tensors, write_tensors
 from hydra_scale.errors import CheckpointError
 
 TENSORS = {"model.a.weight": torch.arange(12.0).view(3, 4), "model.b": torch.ones(5, dtype=torch.bfloat16)}
@@ -41,3 +41,11 @@ def test_damaged(tmp_path: Path, kind: str, damage: str) -> None:
         else:
             assert all(isinstance(tensor, torch.Tensor) for tensor in found.values())
     assert refused == 300 if damage == "cut" else refused > 30
+
+
+def test_a_full_disk_is_an_error_of_the_disk(tmp_path: Path) -> None:
+    """Which `convert` names with the place it wrote to; /dev/full takes nothing."""
+    path = tmp_path / "full.pt"
+    path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device"):
+        write_tensors(path, {"weight": torch.zeros(1_000_000)})
