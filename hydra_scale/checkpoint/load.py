@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from hydra_scale.checkpoint.geometry import Rectangle, flat_range, placed
 from hydra_scale.checkpoint.manifest import CheckpointManifest, TensorEntry, read_manifest
 from hydra_scale.errors import CheckpointError
-from hydra_scale.parallel.zero import MOMENTS, LocalSlice
+from hydra_scale.parallel.slices import MOMENTS, LocalSlice
 
 
 class CheckpointReader:

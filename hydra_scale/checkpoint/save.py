@@ -22,7 +22,7 @@ from hydra_scale.checkpoint.files import MANIFEST, MANIFEST_HASH, flush, publish
 from hydra_scale.checkpoint.manifest import VERSION, CheckpointManifest, FileEntry, Piece, TensorEntry
 from hydra_scale.checkpoint.snapshot import Record, Snapshot
 from hydra_scale.errors import CheckpointError
-from hydra_scale.parallel.zero import LocalSlice
+from hydra_scale.parallel.slices import LocalSlice
 
 Written = tuple[str, FileEntry, list[Record]]
 """What a rank has written: name, size and hash of its file, and the pieces in it."""

@@ -6,7 +6,7 @@ import torch
 
 from hydra_scale.checkpoint.geometry import Rectangle, flat_range, placed
 from hydra_scale.checkpoint.manifest import Piece
-from hydra_scale.parallel.zero import MOMENTS, LocalSlice
+from hydra_scale.parallel.slices import MOMENTS, LocalSlice
 
 Record = tuple[str, str, tuple[int, ...], Piece]
 """Tensor name, dtype, global shape, and a piece of it."""

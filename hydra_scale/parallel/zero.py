@@ -5,7 +5,6 @@ moments lie. Everything that touches them is in `ZeroOptimizer.local_slices` and
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,32 +19,9 @@ from hydra_scale.errors import CheckpointError
 from hydra_scale.parallel.flat_gradients import FlatGradients
 from hydra_scale.parallel.lean_update import clip_in_update, norm_at_once, share_weights, update_at_once
 from hydra_scale.parallel.pipeline import Pipeline
-from hydra_scale.parallel.placement import Placement, global_name, placement_of
+from hydra_scale.parallel.placement import global_name, placement_of
+from hydra_scale.parallel.slices import MOMENTS, LocalSlice
 from hydra_scale.topology import Topology
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class LocalSlice:
-    """Elements [start, start + len) of a flattened parameter of this rank, in fp32, and where it belongs."""
-
-    name: str
-    """Of the global tensor."""
-    shape: tuple[int, ...]
-    """Of the parameter as this rank holds it."""
-    start: int
-    parameter: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    divided: Placement | None = None
-    """Where the parameter belongs in the global tensor; absent: it is the global tensor."""
-    is_copy: bool = False
-    """Another rank has the same, and it is that one's to save."""
-
-    @property
-    def placement(self) -> Placement:
-        return self.divided or Placement.whole(self.shape)
 
 
 class ZeroOptimizer:

@@ -12,7 +12,7 @@ from hydra_scale.checkpoint import save as save_module
 from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.save import Saver
 from hydra_scale.errors import CheckpointError
-from hydra_scale.parallel.zero import LocalSlice
+from hydra_scale.parallel.slices import LocalSlice
 
 pytestmark = pytest.mark.usefixtures("alone")
 

@@ -25,7 +25,7 @@ from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.load import CheckpointReader
 from hydra_scale.checkpoint.manifest import read_manifest, verify_files
 from hydra_scale.errors import CheckpointError
-from hydra_scale.parallel.zero import LocalSlice
+from hydra_scale.parallel.slices import LocalSlice
 
 pytestmark = pytest.mark.usefixtures("alone")
 SHAPES = {"layer.weight": (5, 3), "layer.bias": (5,), "conv": (4, 1, 3)}

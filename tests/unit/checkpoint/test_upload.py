@@ -22,7 +22,7 @@ from hydra_scale.checkpoint.folder import CheckpointFolder
 from hydra_scale.checkpoint.save import save
 from hydra_scale.checkpoint.upload import RemoteCheckpoints
 from hydra_scale.errors import CheckpointError, ConfigError, EnvironmentFault
-from hydra_scale.parallel.zero import LocalSlice
+from hydra_scale.parallel.slices import LocalSlice
 from hydra_scale.remote import ATTEMPTS
 
 RUN = f"{BUCKET}/run"
