@@ -134,8 +134,7 @@ class ColumnLinear(ColumnParallelLinear):
 
         multiply: how x and W are, in place of x W^T, where the gradient of x needs no sum over the ranks.
         """
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # megatron keeps its input for the backward pass as given
+        x = _as_multiplied(x)  # megatron keeps its input for the backward pass as given
         weight = self._joined("weight")
         if multiply is None and self._is_whole and (place := place_of_gradient(x, weight)) is not None:
             return product_adding(x, weight, place, self.bias)
@@ -168,12 +167,16 @@ class RowLinear(RowParallelLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """In the dtype of autocast where that is on; under sequence parallelism (this rank's tokens, out_features)."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        if self._tensor.size == 1 and (place := place_of_gradient(x, self.weight)) is not None:
-            return product_adding(x, self.weight, place, self.bias)
+        low = _as_multiplied(x)
+        if self._tensor.size == 1 and (place := place_of_gradient(low, self.weight)) is not None:
+            return product_adding(low, self.weight, place, self.bias)
         result, bias = super().forward(x)
         return result if bias is None else _with_bias(result, seen_by_all(bias, self._tensor))
+
+
+def _as_multiplied(x: torch.Tensor) -> torch.Tensor:
+    """In the dtype of autocast where that is on."""
+    return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 
 def _with_bias(result: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -230,10 +233,9 @@ def vocabulary_logits(
     x_MD: torch.Tensor, word_embedding_VD: torch.Tensor, bias_V: torch.Tensor, tensor: TensorRanks
 ) -> torch.Tensor:
     """Scores (M, V) of this rank's part of the vocabulary."""
-    if torch.is_autocast_enabled(x_MD.device.type):
-        x_MD = x_MD.to(torch.get_autocast_dtype(x_MD.device.type))
-    if tensor.size == 1 and (place := place_of_gradient(x_MD, word_embedding_VD)) is not None:
-        return product_adding(x_MD, word_embedding_VD, place, bias_V)
+    low_MD = _as_multiplied(x_MD)
+    if tensor.size == 1 and (place := place_of_gradient(low_MD, word_embedding_VD)) is not None:
+        return product_adding(low_MD, word_embedding_VD, place, bias_V)
     x_MD = x_MD if tensor.size == 1 else copy_to_tensor_model_parallel_region(x_MD)
     return nn.functional.linear(x_MD, word_embedding_VD, bias_V)
 
