@@ -20,7 +20,7 @@ VOCAB_SIZE, STEPS, LR = 256, 5, 3e-3
 
 def both_ways(layout: list[str]) -> tuple[list[tuple[float, float]], list[tuple[float, float]], float]:
     """Losses and gradient norms of ours and of the loop, and the largest difference of a weight at the end."""
-    settings = ["training.micro_batch_size=2", "data.seqlen=24", "optimizer.clip_norm=0.5", "model.dropout=0.0"]
+    settings = ["training.micro_batch_size=2", "data.seqlen=24", "model.dropout=0.0"]
     config = load_config(TINY, [*settings, *layout])
     with joined(config.parallel) as topology, assembled(config, VOCAB_SIZE, topology) as (_, optimizer):
         plain = build_model(config, VOCAB_SIZE, topology.accelerator.device)
@@ -50,10 +50,12 @@ def _loop(model: Any, config: Any, batches: list[Any]) -> list[tuple[float, floa
     return found
 
 
+@pytest.mark.parametrize("clip_norm", [0.5, 100.0], ids=["clipped", "below the norm to clip to"])
 @pytest.mark.parametrize("layout", ["zero.stage=1", "zero.stage=2", "zero.stage=1 zero.offload=true"])
-def test_a_step_is_clipped_adamw(layout: str) -> None:
-    ((found, expected, furthest),) = run_ranks(1, both_ways, layout.split())
+def test_a_step_is_clipped_adamw(layout: str, clip_norm: float) -> None:
+    settings = [*layout.split(), f"optimizer.clip_norm={clip_norm}"]
+    ((found, expected, furthest),) = run_ranks(1, both_ways, settings)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5)
-    assert expected[-1][1] > 0.5  # clipping was active
+    assert all((norm > clip_norm) == (clip_norm < 1.0) for _, norm in expected)
     assert furthest < 1e-5
