@@ -273,7 +273,8 @@ class EvaluationData:
         if not any(len(batch.targets) for batch, _ in self.batches(num_sequences, 1, 0, 1)):
             raise DataError(
                 f"{self._split.folder}: no token of its eval split is masked at rate {self._mask_rate:g}, so there is"
-                " nothing to score; prepare again with a larger --eval-fraction, or set data.eval to another folder"
+                " nothing to score; prepare again with a larger --eval-fraction, set data.eval to another folder, or,"
+                " where it leaves no room for words, raise data.seqlen"
             )
 
     def batches(
