@@ -129,7 +129,7 @@ def _record(layers: nn.Module, x_TD: torch.Tensor, stretch: Stretch, casts_once:
         with torch.cuda.stream(side):  # compiles kernels and lets libraries take their workspace
             for _ in range(_WARM_UP_RUNS):
                 y_TD = run()
-                torch.autograd.grad(y_TD, leaves, torch.zeros_like(y_TD), allow_unused=True)
+                torch.autograd.grad(y_TD, leaves, torch.zeros_like(y_TD), allow_unused=adds_gradients)
                 del y_TD
         torch.cuda.current_stream(device).wait_stream(side)
         with torch.cuda.graph(forward, **capture):

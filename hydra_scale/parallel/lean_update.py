@@ -28,7 +28,7 @@ def share_weights(zero: Any, data_group: dist.ProcessGroup) -> None:
 
 
 def clip_in_update(zero: Any) -> None:
-    """Let AdamW's kernel divide the gradients as it reads them."""
+    """Let AdamW's kernel divide the gradients as it reads them, in DeepSpeed's own step."""
 
     def set_scale(gradients: list[torch.Tensor], norm: torch.Tensor | float) -> None:
         """norm: of all gradients; finite, or there would be no update."""

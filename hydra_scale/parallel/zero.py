@@ -47,7 +47,8 @@ class ZeroOptimizer:
         self._discards = False
         if not self._is_stage_3 and not config.zero.offload:
             share_weights(self._zero, topology.data_group)
-            clip_in_update(self._zero)
+            if config.zero.stage == 2:  # under 1 `update_at_once` does it
+                clip_in_update(self._zero)
             # a CPU sums fp32 one by one: of 31 million elements 0.2% is lost, so DeepSpeed's fp64 remains there
             if self._device.type == "cuda":
                 self._zero.scaled_global_norm = partial(norm_at_once, self._zero)
